@@ -1,0 +1,68 @@
+# autocompress: set-up, checks and the first run.  `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+QUICKSTART ?= results/quickstart
+QUICKSTART_BUDGET ?= 2m
+PYTEST_ARGS ?=
+
+export PIP_PROGRESS_BAR := off
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CHECKED := autocompress tests $(wildcard benchmarks)
+
+.PHONY: help install install-test quickstart test lint types contracts format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | column -t -s "$$(printf '\t')"
+
+# Debian splits venv's pip off into a package of its own: as root it is installed, else the command is shown.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12), (3, 13)))' \
+	  || { echo "autocompress needs Python 3.11, 3.12 or 3.13; choose one with: make PYTHON=python3.11 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null \
+	  || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq python3-venv; } \
+	  || { echo "python3-venv is missing; install it with: sudo apt-get install python3-venv" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+install: $(VENV)/.installed  ## make .venv and install autocompress into it
+
+install-test: $(VENV)/.installed-test  ## the same, with what tests and checks need
+
+# --resume continues an interrupted run, starts one where there is none, and leaves a finished one as it is.
+quickstart: install  ## compress the embedded default (digits, resnet8) and say where the report is
+	$(BIN)/autocompress search --task digits --model resnet8 --time-budget $(QUICKSTART_BUDGET) \
+	  --out $(QUICKSTART) --resume
+	@printf '\nThe report: file://%s/report.html\nIn the terminal: %s show %s\n' \
+	  "$(abspath $(QUICKSTART))" "$(BIN)/autocompress" "$(QUICKSTART)"
+
+test: install-test lint types contracts  ## lint, types, import contracts, tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: install-test  ## ruff: rules and format
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+
+types: install-test  ## mypy, strict
+	$(BIN)/mypy
+
+contracts: install-test  ## import-linter: imports point only downwards
+	$(BIN)/lint-imports
+
+format: install-test  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+clean:  ## remove the environment, caches and the quickstart's results
+	rm -rf $(VENV) $(QUICKSTART) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

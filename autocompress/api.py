@@ -1,0 +1,173 @@
+"""The Python API: what the command line calls, and what a program may."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from autocompress.config import RunConfig
+from autocompress.errors import UsageError
+from autocompress.front import LoadedFront, load_front, load_point
+from autocompress.progress import Progress, SilentProgress
+from autocompress.rundir import open_run_directory
+
+__all__ = ["load_front", "load_point", "report", "search", "verify"]
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "torchvision", "onnxruntime", "onnx", "optuna", "torch-pruning", "fvcore", "numpy")
+
+
+def search(config: RunConfig | None = None, *, progress: Progress | None = None, **options: Any) -> LoadedFront:
+    """Searches for compressed models and delivers a front.
+
+    Args:
+        config: a whole configuration, or else
+        options: its fields by keyword; see :class:`autocompress.config.RunConfig`.
+        progress: told what happens; silent by default.
+
+    Returns:
+        The front, its files in the run directory (``front.path``).
+
+    Raises:
+        UsageError: something was asked for that is not possible as written.
+        InfeasibleError: no compressed model keeps the budgets.
+
+    >>> front = search(task="digits", time_budget="2m", out="results/digits")  # doctest: +SKIP
+    >>> front.best(max_drop=1.0).session()  # doctest: +SKIP
+    """
+    if config is None:
+        config = RunConfig.create(**options)
+    elif options:
+        raise UsageError("give search either a RunConfig or keywords, not both")
+    progress = progress or SilentProgress()
+    prepared = _prepare(config, progress)
+    run, resumed = open_run_directory(config)
+    from autocompress.search.files import Clock
+
+    clock = Clock(run / ".work" / "spent.json", config.time_budget)
+    clock.exclude(0.0)
+    with _log_to(run / "log.jsonl"):
+        logger.info("%s %s", "resumed" if resumed else "started", run)
+        from autocompress.search.engine import Engine
+
+        _write_environment(run)
+        profile = prepared.profile
+        stored = run / "profile.yaml"
+        if stored.is_file():
+            profile = type(profile).load(stored)
+        else:
+            profile.save(stored)
+        engine = Engine(config, prepared.space, prepared.task, profile, run, clock, progress)
+        try:
+            engine.execute()
+        finally:
+            if (run / "front.json").is_file():
+                _write_manifest(run)
+                report(run)
+    return load_front(run)
+
+
+class _Prepared:
+    def __init__(self, config: RunConfig, progress: Progress) -> None:
+        from autocompress.hardware.profile import load_hardware
+        from autocompress.spaces import load_space
+        from autocompress.tasks import load_task
+
+        _check_supported(config)
+        self.space = load_space(config.space)
+        self.task = load_task(
+            config.task, config.model, weights=config.weights, data=config.data, progress=progress
+        )
+        self.profile = load_hardware(config.hardware, config.threads, config.batch, progress=progress)
+
+
+def _prepare(config: RunConfig, progress: Progress) -> _Prepared:
+    """Everything that can fail for a reason of the caller's, before a run directory is made."""
+    return _Prepared(config, progress)
+
+
+def _check_supported(config: RunConfig) -> None:
+    if config.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError(f"{config.origin('device')}: 'cuda' was given, but torch sees no CUDA device; use cpu")
+    if config.max_energy_mj is not None or "energy_mj" in config.objectives:
+        raise UsageError("energy is not known for this hardware: its profile has no figures; leave energy out")
+
+
+def report(run: str | Path) -> Path:
+    """Writes ``report.html`` of a run, complete or still going, and returns its path."""
+    from autocompress.report.html import write_report
+
+    return write_report(Path(run))
+
+
+def verify(path: str | Path, *, progress: Progress | None = None) -> list[Any]:
+    """Measures delivered models again, from outside: see :mod:`autocompress.verification`."""
+    from autocompress.verification import verify_path
+
+    return verify_path(Path(path), progress or SilentProgress())
+
+
+def _write_environment(run: Path) -> None:
+    from autocompress.hardware.profile import cpu_description
+    from autocompress.search.files import write_text
+    from autocompress.version import __version__
+
+    versions = {"autocompress": __version__}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    facts = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": cpu_description(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "packages": versions,
+    }
+    write_text(run / "environment.json", json.dumps(facts, indent=1))
+
+
+def _write_manifest(run: Path) -> None:
+    import hashlib
+
+    from autocompress.search.files import write_text
+
+    names = ["config.yaml", "space.json", "profile.yaml", "environment.json", "front.json", "front.csv", "rejected.csv"]
+    files = [run / name for name in names] + sorted((run / "models").glob("*/*"))
+    digests = {str(f.relative_to(run)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
+    write_text(run / "manifest.json", json.dumps(digests, indent=1))
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        row = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)), "level": record.levelname.lower()}
+        return json.dumps({**row, "logger": record.name, "message": record.getMessage()})
+
+
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Writes the package's log to a file of the run."""
+    root = logging.getLogger("autocompress")
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(_JsonLines())
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()

@@ -1,0 +1,137 @@
+"""A compressed model on disk: ``model.safetensors`` holds the numbers, ``plan.json`` everything else.
+
+Weights with an affine format are stored as integers (int8, or two 4-bit integers a byte) under their own name, with
+their scales under ``scale/<layer>``; all other tensors as they are.  Nothing is pickled.  Writing is atomic: the
+tensors first, then the plan, which names the digest that the tensors must carry.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from autocompress.errors import UsageError
+from autocompress.export.files import write_atomic
+from autocompress.export.integers import along_channels, pack_int4, unpack_int4, weight_integers
+from autocompress.methods.compressed import CompressedModel
+from autocompress.plan import CompressionPlan, Layer, LayerPlan, ModelGraph, Value
+
+SCHEMA = 1
+TENSORS = "model.safetensors"
+PLAN = "plan.json"
+
+
+class _Description(Value):
+    """The content of ``plan.json``."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    digest: str
+    plan: CompressionPlan
+    ranges: dict[str, tuple[float, float]]
+    graph: ModelGraph
+
+
+def save_checkpoint(compressed: CompressedModel, directory: Path | str) -> None:
+    """Writes both files into ``directory`` (made if it is not there).
+
+    Raises:
+        UsageError: the weights of a layer with an affine format do not lie on its grid, so that storing integers
+            would change the model.
+    """
+    stored: dict[str, torch.Tensor] = {}
+    for name in compressed.graph.weight_names():
+        stored[name] = compressed.weights[name].detach().cpu().contiguous()
+    for weight, (layer, plan) in _affine(compressed.graph, compressed.plan).items():
+        integers, scale = weight_integers(compressed, layer, plan)
+        if not torch.equal(_restore(layer, integers, scale), stored[weight]):
+            raise UsageError(
+                f"the weights of layer {layer.name!r} are not {plan.storage.bits}-bit integers times their scale; "
+                "quantize them before saving"
+            )
+        stored[weight] = torch.from_numpy(pack_int4(integers) if plan.storage.bits == 4 else integers)
+    for name, tensor in compressed.weight_scales.items():
+        stored[f"scale/{name}"] = tensor.detach().cpu().contiguous()
+    digest = compressed.plan.digest
+    description = _Description(
+        digest=digest, plan=compressed.plan, ranges=dict(compressed.ranges), graph=compressed.graph
+    )
+    folder = Path(directory)
+    write_atomic(folder / TENSORS, safetensors.torch.save(stored, {"format": "pt", "plan": digest}))
+    text = description.model_dump_json(by_alias=True)
+    write_atomic(folder / PLAN, text.encode())
+
+
+def load_compressed(directory: Path | str) -> CompressedModel:
+    """Reads what :func:`save_checkpoint` wrote, to the bit.
+
+    Raises:
+        UsageError: a file is missing, unreadable, of another version, or does not belong to the other.
+    """
+    folder = Path(directory)
+    description = _read_description(folder / PLAN)
+    tensors, digest = _read_tensors(folder / TENSORS)
+    if digest != description.digest:
+        raise UsageError(f"{folder / TENSORS} does not belong to {folder / PLAN}: it was written for another plan")
+    graph, plan = description.graph, description.plan
+    weights: dict[str, torch.Tensor] = {}
+    for name in graph.weight_names():
+        if name not in tensors:
+            raise UsageError(f"{folder / TENSORS} has no tensor {name!r}, which the model needs")
+        weights[name] = tensors[name]
+    scales = {key.removeprefix("scale/"): value for key, value in tensors.items() if key.startswith("scale/")}
+    for weight, (layer, layer_plan) in _affine(graph, plan).items():
+        if layer.name not in scales:
+            raise UsageError(f"{folder / TENSORS} has no scales for layer {layer.name!r}")
+        integers = weights[weight].numpy()
+        if layer_plan.storage.bits == 4:
+            integers = unpack_int4(integers, graph.tensors[weight].shape)
+        weights[weight] = _restore(layer, integers, scales[layer.name].numpy())
+    return CompressedModel(graph=graph, weights=weights, plan=plan, weight_scales=scales, ranges=description.ranges)
+
+
+def _affine(graph: ModelGraph, plan: CompressionPlan) -> dict[str, tuple[Layer, LayerPlan]]:
+    """For each weight stored as integers, the (first) layer that says how."""
+    found: dict[str, tuple[Layer, LayerPlan]] = {}
+    for layer in graph.compressible:
+        layer_plan = plan.layers.get(layer.name)
+        if layer_plan is not None and layer_plan.storage.scheme == "affine":
+            found.setdefault(layer.inputs[1], (layer, layer_plan))
+    return found
+
+
+def _restore(layer: Layer, integers: np.ndarray, scale: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(integers.astype(np.float32) * along_channels(layer, integers, scale))
+
+
+def _read_description(path: Path) -> _Description:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != SCHEMA:
+        raise UsageError(f"{path} has schema {schema!r}; this version of autocompress reads schema {SCHEMA}")
+    try:
+        return _Description.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{path}: {where}: {first['msg']}") from error
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {}).get("plan", "")  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error

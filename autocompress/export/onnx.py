@@ -1,0 +1,176 @@
+"""Writes a compressed model as the ONNX file that ONNX Runtime executes as the plan says, in a plain session.
+
+What decides the form, each found by reading ONNX Runtime's optimized graph:
+
+* An int8 layer is ``DequantizeLinear -> op -> [Relu] -> QuantizeLinear`` with int8 weights behind their own
+  DequantizeLinear: the runtime replaces the whole by one ``QLinearConv`` or ``QGemm``.
+* Its bias stays float32: where a QuantizeLinear follows, the runtime turns it into int32 itself (its
+  ``WeightBiasQuantization`` rewrite), and a stored int32 bias would need a second scale for every channel.  Where
+  none follows (an output of the model) the bias is stored as int32, without which the layer would not be replaced.
+* Four-bit weights pass through a Cast to int8: a DequantizeLinear on int4 itself is executed at every run.
+* Integer weights of a float32 layer are ``Cast -> Mul``: folded when the model is loaded.  A DequantizeLinear is not.
+* A float32 layer between int8 tensors would be quantized behind the plan's back by the same rewrite.  It asks for a
+  scale per tensor, so such a layer reads its input through a DequantizeLinear with one (equal) scale per channel.
+* Operators that only move values (MaxPool, Flatten, ...) work on the integers themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from autocompress.errors import UsageError
+from autocompress.export.activations import INTEGER_KERNELS, NEED_ZERO_POINTS, Activations
+from autocompress.export.builder import GraphBuilder
+from autocompress.export.files import write_atomic
+from autocompress.export.integers import along_channels, weight_integers
+from autocompress.methods.compressed import CompressedModel
+from autocompress.methods.quantization import weight_axis
+from autocompress.plan import Layer, LayerPlan, ModelGraph, Tensor, is_weight_layer
+
+OPSET = 21
+IR_VERSION = 10
+
+
+def to_onnx(compressed: CompressedModel, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
+    """The model as ONNX: a dynamic batch, the model's own input and output names, checked.
+
+    Args:
+        compressed: what a plan made of a model.
+        metadata: short facts stored in the file (``metadata_props``); each costs its length.
+    """
+    return _Exporter(compressed).model(metadata or {})
+
+
+def write_onnx(compressed: CompressedModel, path: Path | str, metadata: Mapping[str, str] | None = None) -> int:
+    """Writes :func:`to_onnx` to ``path`` in one step (a reader never sees half a file) and returns its bytes."""
+    data = to_onnx(compressed, metadata).SerializeToString(deterministic=True)
+    write_atomic(Path(path), data)
+    return len(data)
+
+
+class _Exporter:
+    def __init__(self, compressed: CompressedModel) -> None:
+        self.compressed = compressed
+        self.graph = compressed.graph
+        self.out = GraphBuilder(frozenset((*self.graph.inputs, *self.graph.outputs)))
+        self.activations = Activations(compressed, self.out)
+        self.node_names = node_names(self.graph)
+
+    def model(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
+        for name in self.graph.inputs:
+            self.activations.produced(name, name)
+        for layer in self.graph.layers:
+            self._add(layer)
+        graph = onnx.GraphProto(name="g")
+        graph.node.extend(self.out.nodes)
+        graph.initializer.extend(self.out.initializers)
+        graph.input.extend(_value_info(self.graph.tensors[name]) for name in self.graph.inputs)
+        graph.output.extend(_value_info(self.graph.tensors[name]) for name in self.graph.outputs)
+        made = onnx.ModelProto(ir_version=IR_VERSION, graph=graph, opset_import=[helper.make_opsetid("", OPSET)])
+        for key, value in metadata.items():
+            made.metadata_props.add(key=key, value=value)
+        onnx.checker.check_model(made, full_check=True)
+        return made
+
+    def _add(self, layer: Layer) -> None:
+        source = layer.inputs[0] if layer.inputs else ""
+        if self.activations.moves_integers(layer):
+            inputs = [self.activations.integers[source], *(self._stored(i) for i in layer.inputs[1:])]
+            self.out.layer(layer.op, inputs, self.activations.moved(layer), layer.attributes)
+            self.activations.give(layer.outputs)
+            return
+        if is_weight_layer(layer):
+            inputs = self._weight_layer(layer)
+        elif layer.op == "MaxPool" and source in self.activations.integers:
+            inputs = [self.activations.as_float_per_axis(source)]
+        else:
+            inputs = [self._input(layer, i) for i in layer.inputs]
+        if self._runs_in_int8(layer):
+            self.activations.born_int8.add(self.activations.behind_clip(layer))
+        names = [self._output_name(o) for o in layer.outputs]
+        self.out.layer(layer.op, inputs, names, layer.attributes, self.node_names.get(layer.name, ""))
+        for tensor, made in zip(layer.outputs, names, strict=True):
+            if tensor:
+                self.activations.produced(tensor, made, layer.op)
+        self.activations.give(layer.outputs)
+
+    def _output_name(self, tensor: str) -> str:
+        if not tensor:
+            return ""
+        return tensor if tensor in self.graph.outputs and tensor not in self.activations.scales else self.out.name()
+
+    def _input(self, layer: Layer, tensor: str) -> str:
+        if not tensor:
+            return ""
+        return self._stored(tensor) if tensor in layer.weights else self.activations.as_float(tensor)
+
+    def _stored(self, weight: str) -> str:
+        return self.out.constant(self.compressed.weights[weight].detach().cpu().numpy()) if weight else ""
+
+    def _weight_layer(self, layer: Layer) -> list[str]:
+        plan = self.compressed.plan.layers.get(layer.name, LayerPlan())
+        if plan.compute == "int8":
+            return self._int8_inputs(layer, plan)
+        source = layer.inputs[0]
+        quiet = source in self.activations.integers and self.activations.ends_in_int8(layer)
+        first = self.activations.as_float_per_axis(source) if quiet else self.activations.as_float(source)
+        if plan.storage.scheme != "affine":
+            weight = self._stored(layer.inputs[1])
+        else:
+            integers, scale = weight_integers(self.compressed, layer, plan)
+            stored = self.out.constant(integers, int4=plan.storage.bits == 4)
+            cast = self.out.node("Cast", [stored], to=int(onnx.TensorProto.FLOAT))
+            weight = self.out.node("Mul", [cast, self.out.constant(along_channels(layer, integers, scale))])
+        return [first, weight, *(self._input(layer, i) for i in layer.inputs[2:])]
+
+    def _int8_inputs(self, layer: Layer, plan: LayerPlan) -> list[str]:
+        source = layer.inputs[0]
+        if source not in self.activations.scales:
+            raise UsageError(f"layer {layer.name!r} computes in int8, but its input {source!r} has no 8-bit format")
+        integers, scale = weight_integers(self.compressed, layer, plan)
+        stored = self.out.constant(integers, int4=plan.storage.bits == 4)
+        if plan.storage.bits == 4:
+            stored = self.out.node("Cast", [stored], to=int(onnx.TensorProto.INT8))
+        parameters = [self.out.constant(scale)]
+        if layer.op in NEED_ZERO_POINTS:
+            parameters.append(self.out.constant(np.zeros(scale.shape, np.int8)))
+        weight = self.activations.dequantize([stored, *parameters], weight_axis(layer))
+        made = [self.activations.as_float(source), weight]
+        quantized = self.activations.ends_in_int8(layer)
+        if layer.op == "Conv" and not quantized:
+            output = self.activations.behind_clip(layer)
+            raise UsageError(
+                f"layer {layer.name!r} computes in int8, but its output {output!r} has no 8-bit format, "
+                "without which ONNX Runtime has no integer convolution"
+            )
+        if len(layer.inputs) > 2 and layer.inputs[2]:
+            made.append(self._stored(layer.inputs[2]) if quantized else self._int32_bias(layer, scale))
+        return made
+
+    def _int32_bias(self, layer: Layer, weight_scale: np.ndarray) -> str:
+        bias = self.compressed.weights[layer.inputs[2]].detach().cpu().numpy().astype(np.float64).reshape(-1)
+        scale = (np.float32(self.activations.scales[layer.inputs[0]][0]) * weight_scale).astype(np.float32)
+        limits = np.iinfo(np.int32)
+        integers = np.clip(np.rint(bias / scale), limits.min, limits.max).astype(np.int32)
+        return self.activations.dequantize([self.out.constant(integers), self.out.constant(scale)], 0)
+
+    def _runs_in_int8(self, layer: Layer) -> bool:
+        """Whether the runtime replaces the layer by an integer kernel."""
+        if is_weight_layer(layer):
+            return self.compressed.plan.layers.get(layer.name, LayerPlan()).compute == "int8"
+        return layer.op in INTEGER_KERNELS and all(i in self.activations.integers for i in layer.inputs)
+
+
+def node_names(graph: ModelGraph) -> dict[str, str]:
+    """The node name of each weight layer: its place among them, which the runtime's integer kernels keep."""
+    return {layer.name: str(place) for place, layer in enumerate(graph.compressible)}
+
+
+def _value_info(tensor: Tensor) -> onnx.ValueInfoProto:
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+    return helper.make_tensor_value_info(tensor.id, kind, ["N", *tensor.shape])

@@ -1,0 +1,123 @@
+"""Runs a ``ModelGraph`` in torch: the simulation of what the runtime computes, and what recovery trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from autocompress.errors import UsageError
+from autocompress.graph.ops import OPERATORS
+from autocompress.plan import Layer, ModelGraph
+
+Tap = Callable[[torch.Tensor], torch.Tensor]
+
+
+class GraphModule(nn.Module):
+    """A graph with weights as an ``nn.Module``.
+
+    Parameters keep the names they had in the model that was read (``layer1.0.conv1.weight``), so a state dict of
+    the one is readable beside the other.  Three dictionaries change what is computed and are empty by default:
+
+    - ``taps[tensor]``: replaces an activation by what the callable gives for it (observe it, or quantize it);
+    - ``weight_taps[layer]``: replaces a layer's weight in the same way;
+    - ``norms[layer]``: a module applied to a layer's output before anything reads it (batch norm while training).
+    """
+
+    def __init__(self, graph: ModelGraph, weights: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.graph = graph
+        unknown = sorted({layer.op for layer in graph.layers} - OPERATORS.keys())
+        if unknown:
+            raise UsageError(
+                f"the model uses ONNX operators that cannot be simulated: {', '.join(unknown)}; "
+                f"known: {', '.join(sorted(OPERATORS))}"
+            )
+        self._places: dict[str, tuple[nn.Module, str]] = {}
+        for name in graph.weight_names():
+            self._place(name, weights[name])
+        self.taps: dict[str, Tap] = {}
+        self.weight_taps: dict[str, Tap] = {}
+        self.norms = nn.ModuleDict()
+        self._last_reader = _last_readers(graph)
+
+    def _place(self, name: str, value: torch.Tensor) -> None:
+        owner: nn.Module = self
+        *path, leaf = name.split(".")
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner._modules[part]  # type: ignore[assignment]
+        if value.is_floating_point():
+            owner.register_parameter(leaf, nn.Parameter(value.detach().clone()))
+        else:
+            owner.register_buffer(leaf, value.detach().clone())
+        self._places[name] = (owner, leaf)
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The stored tensor of this name."""
+        owner, leaf = self._places[name]
+        return getattr(owner, leaf)  # type: ignore[no-any-return]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All stored tensors, detached copies on the CPU."""
+        return {name: self.weight(name).detach().cpu().clone() for name in self._places}
+
+    def norm_of(self, layer: Layer) -> nn.Module | None:
+        return self.norms._modules.get(layer.name.replace(".", "/"))
+
+    def set_norm(self, layer: Layer, norm: nn.Module) -> None:
+        self.norms[layer.name.replace(".", "/")] = norm
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        values: dict[str, torch.Tensor] = {}
+        for name, value in zip(self.graph.inputs, inputs, strict=True):
+            values[name] = self.taps[name](value) if name in self.taps else value
+        for position, layer in enumerate(self.graph.layers):
+            self._run(layer, values)
+            for name in self._last_reader.get(position, ()):
+                values.pop(name, None)
+        outputs = tuple(values[name] for name in self.graph.outputs)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def _run(self, layer: Layer, values: dict[str, torch.Tensor]) -> None:
+        arguments: list[torch.Tensor | None] = []
+        for slot, name in enumerate(layer.inputs):
+            if not name:
+                arguments.append(None)
+            elif name in self._places:
+                stored = self.weight(name)
+                tap = self.weight_taps.get(layer.name) if slot == 1 else None
+                arguments.append(tap(stored) if tap else stored)
+            else:
+                arguments.append(values[name])
+        result = OPERATORS[layer.op](layer.attributes, *arguments)
+        outputs = result if isinstance(result, tuple) else (result,)
+        norm = self.norm_of(layer)
+        for name, value in zip(layer.outputs, outputs, strict=False):
+            if not name:
+                continue
+            value = norm(value) if norm is not None else value
+            values[name] = self.taps[name](value) if name in self.taps else value
+
+
+def _last_readers(graph: ModelGraph) -> dict[int, tuple[str, ...]]:
+    """Which activations are free once the layer at a position has run."""
+    last: dict[str, int] = {}
+    for position, layer in enumerate(graph.layers):
+        for name in (*layer.activations, *layer.outputs):
+            last[name] = position
+    table: dict[int, list[str]] = {}
+    for name, position in last.items():
+        if name not in graph.outputs:
+            table.setdefault(position, []).append(name)
+    return {position: tuple(names) for position, names in table.items()}
+
+
+def build_module(graph: ModelGraph, weights: Mapping[str, torch.Tensor]) -> GraphModule:
+    """The graph as a float32 module in evaluation mode; the weights are copied."""
+    module = GraphModule(graph, weights)
+    module.eval()
+    return module

@@ -1,0 +1,122 @@
+"""Corrections fitted end to end: from sums of kernel times to the latency and size of whole artifacts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import lsq_linear
+
+from autocompress.hardware.kernels import FAMILIES
+
+SIZE_COUNTS = ("file", "int8_layers", "int8_tensors", "packed_layers", "int4_layers")
+"""What the bytes of an artifact beside its stored numbers depend on: names, nodes, scales."""
+
+DEFAULT_SIZE_COEFFICIENTS = (1200.0, 110.0, 70.0, 80.0, 30.0)
+
+_SCALE_SPREAD = 0.2
+"""How far from the profile's a family's scale is expected to lie for one model: the strength of the ridge."""
+
+_PER_KERNEL_SPREAD_US = 0.5
+_PER_RUN_SPREAD_US = 10.0
+_NOISE = 0.02
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scales by family, a correction a kernel, a constant a run; the same for the size.
+
+    Attributes:
+        band: half the width of the error band on latency, as a fraction.
+        size_band: the same for the size.
+        errors: relative leave-one-out errors of the latency at the anchors.
+        observations: how many artifacts were measured.
+    """
+
+    scales: tuple[float, ...] = (1.0,) * len(FAMILIES)
+    per_kernel_us: float = 0.0
+    per_run_us: float = 0.0
+    size_coefficients: tuple[float, ...] = DEFAULT_SIZE_COEFFICIENTS
+    band: float = 0.15
+    size_band: float = 0.1
+    errors: tuple[float, ...] = ()
+    observations: int = 0
+
+
+def fit_latency(
+    family_us: np.ndarray,
+    kernels: np.ndarray,
+    latency_us: np.ndarray,
+    prior: Calibration,
+    spreads: tuple[float, float, float] = (_SCALE_SPREAD, _PER_KERNEL_SPREAD_US, _PER_RUN_SPREAD_US),
+) -> tuple[tuple[float, ...], float, float]:
+    """Least squares on relative errors, drawn towards the prior; scales stay non-negative.
+
+    Args:
+        family_us: ``[models, families]`` summed kernel times.
+        kernels: ``[models]`` numbers of kernels.
+        latency_us: ``[models]`` measured.
+        prior: what holds as long as the observations say nothing else.
+        spreads: how far scales, microseconds a kernel and microseconds a run may plausibly lie from the prior.
+
+    Returns:
+        The scales, microseconds a kernel, microseconds a run.
+    """
+    columns = np.column_stack([family_us, kernels, np.ones(len(kernels))])
+    rows = columns / latency_us[:, None] / _NOISE
+    centre = np.array([*prior.scales, prior.per_kernel_us, prior.per_run_us])
+    families = family_us.shape[1]
+    width = np.array([spreads[0]] * families + [spreads[1], spreads[2]])
+    left = np.vstack([rows, np.diag(1.0 / width)])
+    right = np.concatenate([np.full(len(kernels), 1.0 / _NOISE), centre / width])
+    low = np.array([0.0] * families + [-np.inf, -np.inf])
+    solution = lsq_linear(left, right, bounds=(low, np.full(len(centre), np.inf))).x
+    return tuple(float(s) for s in solution[:families]), float(solution[-2]), float(solution[-1])
+
+
+def fit_size(
+    payload: np.ndarray, counts: np.ndarray, size_bytes: np.ndarray, prior: tuple[float, ...]
+) -> tuple[float, ...]:
+    """Bytes a file, a layer and a tensor beside the stored numbers; non-negative, drawn towards the prior."""
+    centre = np.array(prior)
+    left = np.vstack([counts / size_bytes[:, None] / 0.002, np.diag(1.0 / (centre + 1.0))])
+    right = np.concatenate([(size_bytes - payload) / size_bytes / 0.002, centre / (centre + 1.0)])
+    return tuple(float(c) for c in lsq_linear(left, right, bounds=(0.0, np.inf)).x)
+
+
+def fit_calibration(
+    *,
+    family_us: np.ndarray,
+    kernels: np.ndarray,
+    latency_us: np.ndarray,
+    size_payload: np.ndarray,
+    size_counts: np.ndarray,
+    size_bytes: np.ndarray,
+    prior: Calibration,
+    floor: float,
+) -> Calibration:
+    """The correction for one model, with bands from leaving each observation out in turn."""
+    count = len(latency_us)
+    scales, per_kernel, per_run = fit_latency(family_us, kernels, latency_us, prior)
+    size = fit_size(size_payload, size_counts, size_bytes, prior.size_coefficients)
+    errors, size_errors = [], []
+    for left_out in range(count) if count > 2 else ():
+        rest = np.arange(count) != left_out
+        s, k, r = fit_latency(family_us[rest], kernels[rest], latency_us[rest], prior)
+        predicted = float(family_us[left_out] @ np.array(s) + k * kernels[left_out] + r)
+        errors.append(float(predicted / latency_us[left_out]) - 1.0)
+        c = fit_size(size_payload[rest], size_counts[rest], size_bytes[rest], prior.size_coefficients)
+        expected = float(size_payload[left_out] + size_counts[left_out] @ np.array(c))
+        size_errors.append(expected / float(size_bytes[left_out]) - 1.0)
+    spread = 2.0 * float(np.sqrt(np.mean(np.square(errors)))) if errors else prior.band
+    size_spread = 2.0 * float(np.sqrt(np.mean(np.square(size_errors)))) if size_errors else prior.size_band
+    return Calibration(
+        scales=scales,
+        per_kernel_us=per_kernel,
+        per_run_us=per_run,
+        size_coefficients=size,
+        band=max(spread, floor),
+        size_band=max(size_spread, 0.002),
+        errors=tuple(errors),
+        observations=count,
+    )

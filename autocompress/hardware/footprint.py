@@ -1,0 +1,127 @@
+"""What plans occupy: bytes stored, bytes of activations alive at once, multiply-accumulates; for many plans at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from autocompress.hardware.kernels import Number
+from autocompress.hardware.lowering import VIEWS, Mask, Step
+from autocompress.plan import LayerPlan, ModelGraph
+
+Dims = Mapping[str, tuple[Number, ...]]
+
+_BYTES = {
+    "float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+
+
+def stored_bytes(
+    graph: ModelGraph,
+    dims: Dims,
+    formats: np.ndarray,
+    columns: Mapping[str, int],
+    known: Sequence[LayerPlan],
+) -> np.ndarray:
+    """Bytes of all stored numbers in their formats, with a float32 scale for each output channel of an affine one.
+
+    Args:
+        graph: the model.
+        dims: the shape of each tensor under each plan.
+        formats: ``[n, weight layers]`` indices into ``known``.
+        columns: the column of each weight layer.
+        known: the formats.
+    """
+    bits = np.array([plan.storage.bits for plan in known])
+    affine = np.array([plan.storage.scheme == "affine" for plan in known])
+    total = np.zeros(len(formats))
+    seen: set[str] = set()
+    for layer in graph.layers:
+        for position, name in enumerate(layer.inputs):
+            if name not in layer.weights or name in seen:
+                continue
+            seen.add(name)
+            count = _product(dims[name])
+            if position == 1 and layer.name in columns:
+                codes = formats[:, columns[layer.name]]
+                outputs = dims[name][0 if layer.op == "Conv" or layer.attributes.get("transB") else -1]
+                total += np.ceil(count * bits[codes] / 8) + np.where(affine[codes], 4.0 * outputs, 0.0)
+            else:
+                total += count * _BYTES.get(graph.tensors[name].dtype, 4)
+    return total
+
+
+def size_counts(formats: np.ndarray, known: Sequence[LayerPlan], held: Mapping[str, Mask]) -> np.ndarray:
+    """``[n, 5]``: what the rest of a file depends on, in the order of ``calibration.SIZE_COUNTS``."""
+    int8 = np.array([plan.compute == "int8" for plan in known])[formats]
+    affine = np.array([plan.storage.scheme == "affine" for plan in known])[formats]
+    int4 = np.array([plan.storage.scheme == "affine" and plan.storage.bits == 4 for plan in known])[formats]
+    tensors = np.zeros(len(formats))
+    for mask in held.values():
+        tensors += mask
+    columns = [np.ones(len(formats)), int8.sum(axis=1), tensors, (affine & ~int8).sum(axis=1), int4.sum(axis=1)]
+    return np.stack([column.astype(float) for column in columns], axis=1)
+
+
+def multiply_accumulates(graph: ModelGraph, dims: Dims, count: int) -> np.ndarray:
+    """Multiply-accumulates of one sample under each plan."""
+    total = np.zeros(count)
+    for layer in graph.layers:
+        if layer.op == "Conv":
+            total += _product(dims[layer.outputs[0]]) * _product(dims[layer.inputs[1]][1:])
+        elif layer.op in ("Gemm", "MatMul"):
+            total += _product(dims[layer.outputs[0]]) * dims[layer.inputs[0]][-1]
+    return np.rint(total).astype(np.int64)
+
+
+class ActivationMemory:
+    """The most bytes of activations that are alive at once, operators that only reshape sharing their input's."""
+
+    def __init__(self, graph: ModelGraph, steps: Sequence[Step]) -> None:
+        self._graph = graph
+        views: dict[str, str] = {}
+        made: list[tuple[str, list[str]]] = []
+        for step in steps:
+            layer = step.layer
+            if not layer.outputs or step.folded:
+                continue
+            reads = [views.get(t, t) for t in layer.activations]
+            if layer.op in VIEWS and reads:
+                views[step.result] = reads[0]
+                made.append(("", reads))
+            else:
+                made.append((step.result, reads))
+        last = {tensor: position for position, (_, reads) in enumerate(made) for tensor in reads}
+        kept = {views.get(t, t) for t in graph.outputs}
+        self._plan = [
+            (result, tuple(dict.fromkeys(t for t in reads if last[t] == position and t not in kept)))
+            for position, (result, reads) in enumerate(made)
+        ]
+
+    def peak_bytes(self, dims: Dims, held: Mapping[str, Mask], count: int, batch: int) -> np.ndarray:
+        """Bytes under each plan; a tensor held in int8 takes one an element."""
+
+        def size_of(tensor: str) -> Number:
+            elements = batch * _product(dims[tensor])
+            width = _BYTES.get(self._graph.tensors[tensor].dtype, 4)
+            return elements * np.where(held[tensor], 1, width) if tensor in held else elements * width
+
+        sizes: dict[str, Number] = {t: size_of(t) for t in self._graph.inputs}
+        live = np.zeros(count, dtype=np.int64) + sum(sizes.values())
+        peak = live.copy()
+        for result, dead in self._plan:
+            if result:
+                sizes[result] = size_of(result)
+                live = live + sizes[result]
+                np.maximum(peak, live, out=peak)
+            for tensor in dead:
+                live = live - sizes.get(tensor, 0)
+        return peak
+
+
+def _product(sizes: Sequence[Number]) -> Number:
+    count: Number = 1
+    for size in sizes:
+        count = count * size
+    return count

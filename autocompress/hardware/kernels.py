@@ -1,0 +1,163 @@
+"""Kernel classes and their features: what a kernel's time is fitted on, computed alike when fitting and when pricing.
+
+A kernel is one node of the runtime's optimized graph.  Its class is the operator, its kind and the type it computes
+in (``conv_int8``).  ``_plain`` marks the slower path for channel counts off the runtime's alignment grid, ``_few`` a
+float32 convolution with fewer input channels than the runtime packs together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+FEATURES = ("one", "mmac", "mtap", "mpoint", "mwindow", "read_mb", "written_mb", "weight_mb")
+"""A constant; multiply-accumulates on padded channels; inputs gathered (positions x window x input channels, once for
+each pass over the output channels); output positions, once for each pass; positions x window; bytes of activations
+read and written; bytes of weights.  All but the constant in millions."""
+
+Number = Any
+"""An int or float, or an array of them with one entry a plan: the arithmetic is the same."""
+
+INT8_IN_STEP = 4
+"""Input channels that int8 kernels consume at a time."""
+
+OUT_STEP = 16
+"""Output channels that one vector of the int8 kernels holds."""
+
+PASS = 64
+"""Output channels of one pass over the input."""
+
+_FAMILY_KINDS = {
+    "fp32": (
+        "conv_fp32", "pointwise_fp32", "depthwise_fp32", "conv_few_fp32", "pointwise_few_fp32", "conv_plain_fp32",
+        "depthwise_plain_fp32", "gemm_fp32", "matmul_fp32",
+    ),
+    "int8": (
+        "conv_int8", "pointwise_int8", "depthwise_int8", "conv_plain_int8", "pointwise_plain_int8",
+        "depthwise_plain_int8", "gemm_int8", "matmul_int8",
+    ),
+    "light": (
+        "add_fp32", "elementwise_fp32", "pool_fp32", "global_pool_fp32", "concat_fp32", "other_fp32", "view",
+        "add_int8", "pool_int8", "pool_plain_int8", "global_pool_int8", "concat_int8",
+    ),
+    "boundary": ("quantize", "dequantize", "reorder_input", "reorder_output", "transpose_int8", "transpose_fp32"),
+}  # fmt: skip
+
+KINDS = {kind: family for family, kinds in _FAMILY_KINDS.items() for kind in kinds}
+"""Every kernel class, with the family whose calibration scale it shares."""
+
+FAMILIES = tuple(_FAMILY_KINDS)
+
+SUBSTITUTES = {
+    "conv_plain_fp32": "conv_fp32", "conv_few_fp32": "conv_fp32", "pointwise_few_fp32": "pointwise_fp32",
+    "pointwise_fp32": "conv_fp32",
+    "depthwise_plain_fp32": "depthwise_fp32", "matmul_fp32": "gemm_fp32", "matmul_int8": "gemm_int8",
+    "conv_plain_int8": "conv_int8", "pointwise_plain_int8": "pointwise_int8", "pointwise_int8": "conv_int8",
+    "depthwise_plain_int8": "depthwise_int8", "other_fp32": "elementwise_fp32", "concat_fp32": "elementwise_fp32",
+    "concat_int8": "add_int8", "pool_int8": "add_int8", "pool_plain_int8": "pool_int8",
+    "transpose_fp32": "reorder_output",
+    "pool_fp32": "elementwise_fp32", "global_pool_fp32": "elementwise_fp32", "add_fp32": "elementwise_fp32",
+    "global_pool_int8": "add_int8", "add_int8": "elementwise_fp32", "view": "elementwise_fp32",
+    "gemm_fp32": "conv_fp32", "gemm_int8": "conv_int8", "depthwise_fp32": "conv_fp32", "depthwise_int8": "conv_int8",
+    "conv_int8": "conv_fp32", "quantize": "elementwise_fp32", "dequantize": "elementwise_fp32",
+    "reorder_input": "elementwise_fp32", "reorder_output": "elementwise_fp32", "transpose_int8": "elementwise_fp32",
+}  # fmt: skip
+"""The class whose coefficients stand in for one that was never measured; the estimate names it as unmodelled."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one kernel does, in units of its cost; fields hold a number, or one a plan."""
+
+    macs: Number = 0
+    taps: Number = 0
+    points: Number = 0
+    windows: Number = 0
+    read_bytes: Number = 0
+    written_bytes: Number = 0
+    weight_bytes: Number = 0
+
+    def features(self) -> tuple[Number, ...]:
+        """In the order of ``FEATURES``."""
+        counts = (
+            self.macs, self.taps, self.points, self.windows, self.read_bytes, self.written_bytes, self.weight_bytes,
+        )  # fmt: skip
+        return (1.0, *(count * 1e-6 for count in counts))
+
+
+def round_up(value: Number, step: int) -> Number:
+    """The next multiple of ``step``."""
+    if step <= 1:
+        return value
+    return (value + (step - 1)) & -step if step & (step - 1) == 0 else -(-value // step) * step
+
+
+def aligned_int8(inputs: Number, outputs: Number, depthwise: bool) -> Number:
+    """Whether an int8 convolution takes the runtime's fast path for channel counts on its grid."""
+    if depthwise:
+        return outputs % OUT_STEP == 0
+    return (inputs % INT8_IN_STEP == 0) & (outputs % INT8_IN_STEP == 0) & (outputs >= OUT_STEP)
+
+
+def conv_work(
+    kind: str, positions: Number, window: int, inputs: Number, outputs: Number, input_positions: Number, block: int
+) -> Work:
+    """A convolution: ``positions`` of ``outputs`` channels, each over a ``window`` of taps of ``inputs`` channels."""
+    int8 = kind.endswith("int8")
+    width = 1 if int8 else 4
+    if kind.startswith("depthwise"):
+        channels = outputs if "plain" in kind else round_up(outputs, OUT_STEP if int8 else block)
+        work = positions * window * channels
+        bytes_in, bytes_out = width * channels * input_positions, width * channels * positions
+        return Work(work, work, positions, positions * window, bytes_in, bytes_out, width * window * channels)
+    if int8:
+        ins, outs = round_up(inputs, INT8_IN_STEP), round_up(outputs, OUT_STEP)
+    elif "few" in kind:
+        ins, outs = inputs, round_up(outputs, block)
+    elif "plain" in kind:
+        ins, outs = inputs, outputs
+    else:
+        ins, outs = round_up(inputs, block), round_up(outputs, block)
+    passes = round_up(outs, PASS) // PASS
+    return Work(
+        macs=positions * window * ins * outs,
+        taps=positions * window * ins * passes,
+        points=positions * passes,
+        windows=positions * window,
+        read_bytes=width * input_positions * ins,
+        written_bytes=width * positions * outs,
+        weight_bytes=width * window * ins * outs,
+    )
+
+
+def gemm_work(kind: str, rows: Number, inputs: Number, outputs: Number) -> Work:
+    """``rows`` vectors of ``inputs`` numbers times a matrix with ``outputs`` columns."""
+    width = 1 if kind.endswith("int8") else 4
+    return Work(
+        macs=rows * inputs * outputs,
+        read_bytes=width * rows * inputs,
+        written_bytes=width * rows * outputs,
+        weight_bytes=width * inputs * outputs,
+    )
+
+
+def move_work(read_bytes: Number, written_bytes: Number) -> Work:
+    """A kernel whose time goes with the bytes it moves."""
+    return Work(read_bytes=read_bytes, written_bytes=written_bytes)
+
+
+def cost_us(coefficients: tuple[float, ...], work: Work) -> Number:
+    """The fitted time of a kernel, in microseconds."""
+    fixed, *rest = coefficients
+    total: Number = fixed
+    for weight, feature in zip(rest, work.features()[1:], strict=True):
+        if weight:
+            total = total + weight * feature
+    return total
+
+
+def feature_row(work: Work) -> np.ndarray:
+    """The features of one kernel as floats."""
+    return np.array([float(f) for f in work.features()])

@@ -1,0 +1,433 @@
+"""How ONNX Runtime turns a plan into kernels on a CPU, worked out for many plans at once.
+
+Every quantity is an array with one entry a plan, and a kernel that runs under some plans only is emitted with a mask.
+The rules below were read off the runtime's optimized graphs:
+
+* Float32 convolutions run on channels packed in blocks (NCHWc).  One with fewer input channels than a block reads
+  plain NCHW; one whose input channels are no multiple of 4 runs unpacked altogether.  Whatever else reads a packed
+  tensor (a pooling of a channel count off the block, a quantizer) needs it reordered first, once a tensor.
+* An Add whose inputs are all packed is computed inside one of the convolutions before it, and so is a Relu behind it.
+* Int8 convolutions, additions and poolings run on NHWC; at an edge to anything else the tensor is transposed.
+* Every float32 reader of an int8 tensor has a dequantizer of its own; a tensor is quantized once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from autocompress.hardware.kernels import Number, Work, aligned_int8, conv_work, gemm_work, move_work, round_up
+from autocompress.methods.quantization import FOLLOWERS, FUSED_ACTIVATIONS, fused_output
+from autocompress.plan import Layer, ModelGraph, is_weight_layer
+
+Mask = np.ndarray
+Emit = Callable[[str, str, Work, Mask, bool], None]
+"""``emit(label, kind, work, mask, whole)``; without ``whole`` the work joins a kernel already emitted."""
+
+ELEMENTWISE = frozenset({"Relu", "Clip", "Add", "Mul", "Sub", "Div", "LeakyRelu"})
+VIEWS = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Shape", "Dropout"})
+POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool"})
+CHANNEL_STEP = 4
+"""Input channels that are no multiple of this keep a float32 convolution out of the packed layout."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What of a layer does not depend on the plan."""
+
+    layer: Layer
+    result: str
+    """The tensor that leaves the layer once the activation behind it is folded in."""
+    weight: bool
+    folded: bool
+    """An activation that belongs to the layer before it."""
+    sole: bool
+    """Whether ``result`` is read once and is no output of the model."""
+
+
+def make_steps(graph: ModelGraph) -> tuple[Step, ...]:
+    """Prepares a graph's layers for lowering."""
+    steps: list[Step] = []
+    folded: set[str] = set()
+    for layer in graph.layers:
+        fusing = is_weight_layer(layer) or layer.op in FOLLOWERS
+        result = fused_output(graph, layer) if fusing else (layer.outputs[0] if layer.outputs else "")
+        if layer.outputs and result != layer.outputs[0]:
+            folded.add(result)
+        sole = len(graph.consumers.get(result, ())) == 1 and result not in graph.outputs
+        is_folded = layer.op in FUSED_ACTIVATIONS and layer.outputs[0] in folded
+        steps.append(Step(layer, result, is_weight_layer(layer), is_folded, sole))
+    return tuple(steps)
+
+
+def quantized_tensors(
+    graph: ModelGraph, steps: tuple[Step, ...], int8: Mapping[str, Mask], count: int
+) -> dict[str, Mask]:
+    """``methods.quantization.activation_formats`` for many plans: under which of them each tensor is held in int8."""
+    held: dict[str, Mask] = {}
+    outputs = set(graph.outputs)
+
+    def hold(tensor: str, mask: Mask) -> None:
+        if tensor not in outputs:
+            held[tensor] = held[tensor] | mask if tensor in held else mask
+
+    for step in steps:
+        if step.weight and step.layer.name in int8:
+            mask = int8[step.layer.name]
+            for tensor in step.layer.activations:
+                hold(tensor, mask)
+            hold(step.result, mask)
+    none = np.zeros(count, dtype=bool)
+    for step in steps:
+        activations = step.layer.activations
+        if step.layer.op in FOLLOWERS and activations:
+            mask = held.get(activations[0], none)
+            for tensor in activations[1:]:
+                mask = mask & held.get(tensor, none)
+            if mask.any():
+                hold(step.result, mask)
+    return held
+
+
+@dataclass
+class Lowering:
+    """One pass over a graph for a batch of plans; ``run`` emits every kernel.
+
+    Args:
+        dims: the shape of each tensor, an entry being a number or one a plan.
+        int8: for each weight layer the plans in which it computes in int8.
+        held: the plans in which each activation is int8 (from ``quantized_tensors``).
+        block: channels the runtime packs together (0: it never packs).
+        batch: samples of one run.
+    """
+
+    graph: ModelGraph
+    steps: tuple[Step, ...]
+    dims: Mapping[str, tuple[Number, ...]]
+    int8: Mapping[str, Mask]
+    held: Mapping[str, Mask]
+    count: int
+    block: int
+    batch: int
+    emit: Emit
+    packed: dict[str, Mask] = field(default_factory=dict)
+    channels_last: dict[str, Mask] = field(default_factory=dict)
+    unpack: dict[str, Mask] = field(default_factory=dict)
+    pack: dict[str, Mask] = field(default_factory=dict)
+    to_plain: dict[str, Mask] = field(default_factory=dict)
+    to_channels_last: dict[str, Mask] = field(default_factory=dict)
+    convolutions: dict[str, list[tuple[str, Mask]]] = field(default_factory=dict)
+    absorbed: dict[str, Mask] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.none = np.zeros(self.count, dtype=bool)
+        self.all = ~self.none
+
+    def run(self) -> None:
+        for tensor in self.graph.inputs:
+            self._quantize(tensor, self.all)
+        for step in self.steps:
+            op = step.layer.op
+            if step.folded and step.layer.inputs[0] not in self.absorbed:
+                continue
+            if op == "Conv" and step.weight:
+                self._convolution(step)
+            elif op in ("Gemm", "MatMul"):
+                self._product(step)
+            elif op == "Add" and not step.layer.weights:
+                self._add(step)
+            elif step.folded:
+                self._activation_behind_add(step)
+            elif op in FOLLOWERS and op not in VIEWS:
+                self._follower(step)
+            else:
+                self._other(step)
+        self._conversions()
+
+    # ------------------------------------------------------------------------------------- tensors at edges
+
+    def _elements(self, tensor: str) -> Number:
+        count: Number = self.batch
+        for size in self.dims[tensor]:
+            count = count * size
+        return count
+
+    def _packed_elements(self, tensor: str) -> Number:
+        shape = self.dims[tensor]
+        count: Number = self.batch * round_up(shape[0], self.block) if shape else self.batch
+        for size in shape[1:]:
+            count = count * size
+        return count
+
+    def _is_held(self, tensor: str) -> Mask:
+        return self.held.get(tensor, self.none)
+
+    def _read_float(self, tensor: str, mask: Mask, wants_packed: Mask | None = None) -> None:
+        """A kernel that runs under ``mask`` reads the tensor as float32, packed where it wants that."""
+        if not mask.any():
+            return
+        held = self._is_held(tensor) & mask
+        if held.any():
+            elements = self._elements(tensor)
+            self.emit(tensor, "dequantize", move_work(elements, 4 * elements), held, True)
+            self._mark(self.to_plain, tensor, held & self.channels_last.get(tensor, self.none))
+            if wants_packed is not None and (held & wants_packed).any():
+                work = move_work(4 * elements, 4 * self._packed_elements(tensor))
+                self.emit(tensor, "reorder_input", work, held & wants_packed, True)
+        direct = mask & ~held
+        packed = self.packed.get(tensor, self.none)
+        wanted = self.none if wants_packed is None else wants_packed
+        self._mark(self.unpack, tensor, direct & packed & ~wanted)
+        self._mark(self.pack, tensor, direct & ~packed & wanted)
+
+    def _read_int8(self, tensor: str, mask: Mask, wants: Mask) -> None:
+        """A kernel that runs under ``mask`` reads the tensor as integers, channels last where it ``wants`` that."""
+        last = self.channels_last.get(tensor, self.none)
+        self._mark(self.to_channels_last, tensor, mask & ~last & wants)
+        self._mark(self.to_plain, tensor, mask & last & ~wants)
+
+    def _mark(self, table: dict[str, Mask], tensor: str, mask: Mask) -> None:
+        if mask.any():
+            table[tensor] = table[tensor] | mask if tensor in table else mask
+
+    def _quantize(self, tensor: str, computed_float: Mask) -> None:
+        """The tensor was computed in float32: where it is held in int8, it is quantized."""
+        mask = self._is_held(tensor) & computed_float
+        if mask.any():
+            elements = self._elements(tensor)
+            self.emit(tensor, "quantize", move_work(4 * elements, elements), mask, True)
+            self._mark(self.unpack, tensor, mask & self.packed.get(tensor, self.none))
+
+    def _conversions(self) -> None:
+        """Changes of layout, which all readers of a tensor share."""
+        for tensor, mask in self.unpack.items():
+            work = move_work(4 * self._packed_elements(tensor), 4 * self._elements(tensor))
+            self.emit(tensor, "reorder_output", work, mask, True)
+        for tensor, mask in self.pack.items():
+            work = move_work(4 * self._elements(tensor), 4 * self._packed_elements(tensor))
+            self.emit(tensor, "reorder_input", work, mask, True)
+        for table in (self.to_plain, self.to_channels_last):
+            for tensor, mask in table.items():
+                elements = self._elements(tensor)
+                self.emit(tensor, "transpose_int8", move_work(elements, elements), mask, True)
+        for tensor in self.graph.outputs:
+            packed = self.packed.get(tensor, self.none) & ~self.unpack.get(tensor, self.none)
+            if packed.any():
+                work = move_work(4 * self._packed_elements(tensor), 4 * self._elements(tensor))
+                self.emit(tensor, "reorder_output", work, packed, True)
+
+    # ---------------------------------------------------------------------------------------------- kernels
+
+    def _convolution(self, step: Step) -> None:
+        layer = step.layer
+        source, weight = layer.inputs[0], layer.inputs[1]
+        shape, out = self.dims[weight], self.dims[layer.outputs[0]]
+        groups = layer.attributes.get("group", 1)
+        grouped = groups != 1
+        depthwise = grouped and isinstance(shape[1], int) and shape[1] == 1
+        window = int(np.prod([int(k) for k in shape[2:]]))
+        positions = self.batch * int(np.prod([int(s) for s in out[1:]]))
+        input_positions = self.batch * int(np.prod([int(s) for s in self.dims[source][1:]]))
+        inputs, outputs = shape[1], shape[0]
+        computes_int8 = self.int8.get(layer.name, self.none)
+        replaced = computes_int8 & self._is_held(step.result)
+        unreplaced = computes_int8 & ~replaced
+
+        def each(kind: str, mask: Mask) -> None:
+            if mask.any():
+                work = conv_work(kind, positions, window, inputs, outputs, input_positions, self.block)
+                self.emit(layer.name, kind, work, mask, True)
+                self.convolutions.setdefault(layer.name, []).append((kind, mask))
+
+        # int8: NHWC in and out.
+        aligned = self._mask(aligned_int8(inputs, outputs, depthwise)) if depthwise or not grouped else self.none
+        base = "depthwise" if depthwise else "pointwise" if window == 1 else "conv"
+        each(f"{base}_int8", replaced & aligned)
+        each(f"{base}_plain_int8", replaced & ~aligned)
+        self._read_int8(source, replaced, self.all)
+        self._mark(self.channels_last, step.result, replaced)
+
+        # float32: packed where the channel counts allow it.
+        floating = ~computes_int8
+        if self.block == 0 or len(shape) != 4 or (grouped and not depthwise):
+            few, plain = self.none, self.all
+        elif depthwise:
+            few, plain = self.none, self._mask(outputs % CHANNEL_STEP != 0)
+        else:
+            few = self._mask(inputs < self.block)
+            plain = ~few & self._mask(inputs % CHANNEL_STEP != 0)
+        packed = floating & ~few & ~plain
+        each("depthwise_plain_fp32" if depthwise else "conv_plain_fp32", (floating & plain) | unreplaced)
+        each(f"{base}_few_fp32", floating & few)
+        each(f"{base}_fp32", packed)
+        self._read_float(source, floating | unreplaced, packed)
+        if unreplaced.any():
+            elements = window * inputs * outputs
+            self.emit(layer.name, "dequantize", move_work(elements, 4 * elements), unreplaced, True)
+        self._mark(self.packed, step.result, floating & ~plain)
+        self._quantize(step.result, floating)
+
+    def _mask(self, condition: Number) -> Mask:
+        return condition if isinstance(condition, np.ndarray) else (self.all if condition else self.none)
+
+    def _product(self, step: Step) -> None:
+        layer = step.layer
+        first = self.dims[layer.inputs[0]]
+        rows: Number = self.batch
+        for size in first[:-1]:
+            rows = rows * size
+        name = "gemm" if layer.op == "Gemm" else "matmul"
+        inputs, outputs = first[-1], self.dims[layer.outputs[0]][-1]
+        computes_int8 = self.int8.get(layer.name, self.none) if step.weight else self.none
+        for kind, mask in ((f"{name}_int8", computes_int8), (f"{name}_fp32", ~computes_int8)):
+            if mask.any():
+                self.emit(layer.name, kind, gemm_work(kind, rows, inputs, outputs), mask, True)
+        self._read_int8(layer.inputs[0], computes_int8, self.none)
+        for tensor in layer.activations:
+            self._read_float(tensor, ~computes_int8)
+        self._quantize(step.result, ~computes_int8)
+
+    def _add(self, step: Step) -> None:
+        layer = step.layer
+        inputs = tuple(dict.fromkeys(layer.activations))
+        int8, all_packed, last = self.all, self.all, self.none
+        for tensor in inputs:
+            held = self._is_held(tensor)
+            int8 = int8 & held
+            all_packed = all_packed & self.packed.get(tensor, self.none) & ~held
+            last = last | self.channels_last.get(tensor, self.none)
+        int8 = int8 & self._is_held(step.result)
+        elements = self._elements(layer.outputs[0])
+        reads = len(inputs)
+        self.emit(layer.name, "add_int8", move_work(reads * elements, elements), int8, True)
+        for tensor in inputs:
+            self._read_int8(tensor, int8, last)
+        self._mark(self.channels_last, step.result, int8 & last)
+
+        host = next((t for t in inputs if self._hosts_add(t)), None)
+        fused = unpacked_fused = self.none
+        if host is not None:
+            residual = move_work(4 * self._packed_elements(layer.outputs[0]), 0)
+            for kind, mask in self.convolutions[self.graph.producers[host].name]:
+                if kind == "conv_plain_fp32" and step.result != layer.outputs[0]:
+                    joins = mask & ~int8 & ~self._is_held(host)
+                    unpacked_fused = unpacked_fused | joins
+                elif kind.endswith("fp32"):
+                    joins = mask & all_packed & ~int8
+                else:
+                    continue
+                fused = fused | joins
+                self.emit(layer.name, kind, residual, joins, False)
+        alone = ~int8 & ~fused
+        packed_alone = alone & all_packed
+        leads_to_int8 = self._is_held(step.result) & self._feeds_int8_convolution(step.result)
+        self.emit(layer.name, "add_fp32", move_work(4 * reads * elements, 4 * elements), alone, True)
+        for tensor in inputs:
+            if tensor != host:
+                self._read_float(tensor, unpacked_fused)
+            detour = alone & leads_to_int8 & self.channels_last.get(tensor, self.none) & self._is_held(tensor)
+            self._detour(tensor, detour)
+            self._read_float(tensor, alone & ~detour, packed_alone)
+        for tensor in {layer.outputs[0], step.result}:
+            self._mark(self.packed, tensor, all_packed & ~int8)
+        if step.result == layer.outputs[0]:
+            self._quantize(step.result, ~int8)
+        else:
+            self.absorbed[layer.outputs[0]] = int8 | fused
+
+    def _feeds_int8_convolution(self, tensor: str) -> Mask:
+        found = self.none
+        for reader in self.graph.consumers.get(tensor, ()):
+            if reader.op == "Conv" and reader.name in self.int8:
+                found = found | self.int8[reader.name]
+        return found
+
+    def _detour(self, tensor: str, mask: Mask) -> None:
+        """Between two channels-last stretches the runtime moves a transposition into float32 and quantizes again."""
+        if not mask.any():
+            return
+        elements = self._elements(tensor)
+        for _ in range(2):
+            self.emit(tensor, "dequantize", move_work(elements, 4 * elements), mask, True)
+        self.emit(tensor, "transpose_fp32", move_work(4 * elements, 4 * elements), mask, True)
+        self.emit(tensor, "quantize", move_work(4 * elements, elements), mask, True)
+
+    def _hosts_add(self, tensor: str) -> bool:
+        """Whether the tensor comes straight from a convolution that nothing else reads."""
+        producer = self.graph.producers.get(tensor)
+        if producer is None or producer.op != "Conv" or producer.name not in self.convolutions:
+            return False
+        return len(self.graph.consumers.get(tensor, ())) == 1 and tensor not in self.graph.outputs
+
+    def _activation_behind_add(self, step: Step) -> None:
+        """A Relu behind an Add is a kernel of its own unless the Add runs inside another kernel or in int8."""
+        layer = step.layer
+        absorbed = self.absorbed[layer.inputs[0]]
+        elements = self._elements(layer.inputs[0])
+        self.emit(layer.name, "elementwise_fp32", move_work(4 * elements, 4 * elements), ~absorbed, True)
+        int8 = self._is_held(layer.outputs[0]) & absorbed & ~self.packed.get(layer.outputs[0], self.none)
+        self._quantize(layer.outputs[0], ~int8)
+
+    def _follower(self, step: Step) -> None:
+        """Pooling, concatenation and transposition: int8 when all they read is int8."""
+        layer = step.layer
+        inputs = layer.activations
+        # Pools of a window reorder what they read by themselves; the others stay packed only where all inputs are.
+        packs = layer.op in ("MaxPool", "AveragePool") and self.block > 0
+        int8, all_packed, last = self.all, self.all, self.all if layer.op == "Concat" else self.none
+        for tensor in inputs:
+            held = self._is_held(tensor)
+            int8 = int8 & held
+            channels_last = self.channels_last.get(tensor, self.none)
+            last = last & channels_last if layer.op == "Concat" else last | channels_last
+            if not packs:
+                all_packed = all_packed & self.packed.get(tensor, self.none) & ~held
+            if self.block:
+                all_packed = all_packed & self._mask(self.dims[tensor][0] % self.block == 0)
+        int8 = int8 & self._is_held(step.result)
+        kind = {"GlobalAveragePool": "global_pool", "Concat": "concat"}.get(layer.op, "pool")
+        if layer.op == "Transpose":
+            kind, last, all_packed = "elementwise", self.none, self.none
+        read: Number = 0
+        for tensor in inputs:
+            read = read + self._elements(tensor)
+        written = self._elements(layer.outputs[0])
+        if kind == "elementwise":
+            self.emit(layer.name, "transpose_int8", move_work(read, written), int8, True)
+        else:
+            plain = int8 & ~last if kind == "pool" else self.none
+            self.emit(layer.name, f"{kind}_int8", move_work(read, written), int8 & ~plain, True)
+            if kind == "pool":
+                self.emit(layer.name, "pool_plain_int8", move_work(read, written), plain, True)
+        floating = ~int8
+        self.emit(layer.name, f"{kind}_fp32", move_work(4 * read, 4 * written), floating, True)
+        for tensor in inputs:
+            self._read_int8(tensor, int8, last)
+            self._read_float(tensor, floating, floating & all_packed)
+        self._mark(self.channels_last, step.result, int8 & last)
+        self._mark(self.packed, step.result, floating & all_packed)
+        self._quantize(step.result, floating)
+
+    def _other(self, step: Step) -> None:
+        layer = step.layer
+        if not layer.outputs:
+            return
+        out = layer.outputs[0]
+        int8 = self.none
+        if layer.op in VIEWS:
+            int8 = self._is_held(out)
+            for tensor in layer.activations:
+                int8 = int8 & self._is_held(tensor)
+            self.emit(layer.name, "view", Work(), self.all, True)
+        else:
+            kind = "elementwise_fp32" if layer.op in ELEMENTWISE else "other_fp32"
+            read: Number = 0
+            for tensor in layer.activations:
+                read = read + self._elements(tensor)
+            self.emit(layer.name, kind, move_work(4 * read, 4 * self._elements(out)), self.all, True)
+        for tensor in layer.activations:
+            self._read_int8(tensor, int8, self.none)
+            self._read_float(tensor, ~int8)
+        self._quantize(step.result, ~int8)

@@ -1,0 +1,30 @@
+"""A compressed model in memory: what export, simulation and checkpoints share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from autocompress.plan import CompressionPlan, ModelGraph
+
+
+@dataclass(frozen=True)
+class CompressedModel:
+    """A plan carried out.
+
+    Attributes:
+        graph: the model after pruning (shapes are those of the compressed model).
+        weights: every name of ``graph.weight_names()`` as a CPU tensor (float32 parameters, int64 constants).
+            Weights of layers with an affine storage format already lie on their grid.
+        plan: the plan; ``plan.layers`` is keyed by layer name, ``plan.activations`` by tensor name.
+        weight_scales: for each layer with affine storage, float32 ``[out_channels]``: ``weight = scale * integer``.
+        ranges: for each tensor of ``plan.activations``, the (lowest, highest) value it represents.
+    """
+
+    graph: ModelGraph
+    weights: Mapping[str, torch.Tensor]
+    plan: CompressionPlan
+    weight_scales: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)

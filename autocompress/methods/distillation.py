@@ -1,0 +1,235 @@
+"""Knowledge distillation (Hinton et al., 1503.02531) from cached teacher outputs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autocompress.graph.executor import GraphModule
+from autocompress.plan import Recipe
+from autocompress.progress import Progress
+from autocompress.tasks.splits import TensorSplit
+from autocompress.tasks.training import autocast_context
+
+LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def penultimate(module: GraphModule) -> str | None:
+    """The activation that the last weight layer reads: what a classifier's head sees."""
+    layers = module.graph.compressible
+    if len(layers) < 2 or layers[-1].op == "Conv":
+        return None
+    return layers[-1].inputs[0]
+
+
+@dataclass(frozen=True)
+class TeacherData:
+    """Training samples with what the teacher says of them, for each view of a sample (as it is, and mirrored).
+
+    Attributes:
+        split: the samples.
+        logits: ``[views, N, classes]``.
+        features: ``[views, N, F]`` penultimate features, or None where the model has no such layer.
+    """
+
+    split: TensorSplit
+    logits: torch.Tensor
+    features: torch.Tensor | None
+
+    def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, ...]]:
+        """(inputs, targets, teacher logits, teacher features) without end, reshuffled on every pass."""
+        count = len(self.split)
+        size = min(size, count)
+        empty = torch.zeros(size, 0)
+        while True:
+            order = torch.randperm(count, generator=generator)
+            for start in range(0, count - size + 1, size):
+                index = order[start : start + size]
+                batch = self.split.batch(index)
+                inputs = batch.inputs[0]
+                view = torch.zeros(size, dtype=torch.long)
+                if self.logits.shape[0] > 1:
+                    view = (torch.rand(size, generator=generator) < 0.5).long()
+                    mirrored = view.bool().reshape(-1, *([1] * (inputs.dim() - 1)))
+                    inputs = torch.where(mirrored, inputs.flip(-1), inputs)
+                assert batch.target is not None
+                features = empty if self.features is None else self.features[view, index]
+                yield inputs, batch.target, self.logits[view, index], features
+
+
+def teach(teacher: GraphModule, split: TensorSplit, mirror: bool, progress: Progress, batch_size: int = 512) -> TeacherData:
+    """Runs the teacher once over the samples, so that no training step has to."""
+    name = penultimate(teacher)
+    captured: list[torch.Tensor] = []
+    original = dict(teacher.taps)
+    if name is not None:
+
+        def capture(value: torch.Tensor) -> torch.Tensor:
+            captured.append(value.detach().float().flatten(1))
+            return value
+
+        teacher.taps[name] = capture
+    views, kept = [], []
+    starts = range(0, len(split), batch_size)
+    progress.stage("teacher", (2 if mirror else 1) * len(starts))
+    try:
+        with torch.no_grad(), autocast_context():
+            for flipped in (False, True) if mirror else (False,):
+                captured.clear()
+                outputs = []
+                for start in starts:
+                    inputs = split.batch(slice(start, start + batch_size)).inputs[0]
+                    inputs = inputs.flip(-1) if flipped else inputs
+                    outputs.append(teacher(_fast_layout(inputs)).float())
+                    progress.advance()
+                views.append(torch.cat(outputs))
+                if captured:
+                    kept.append(torch.cat(captured))
+    finally:
+        teacher.taps = original
+    return TeacherData(split, torch.stack(views), torch.stack(kept) if kept else None)
+
+
+def _fast_layout(inputs: torch.Tensor) -> torch.Tensor:
+    return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
+
+
+def similarity_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Distance between the two models' sample-to-sample similarities (Tung and Mori, 1907.09682).
+
+    It compares ``[batch, batch]`` matrices, so student and teacher may have different widths.
+    """
+
+    def similarities(features: torch.Tensor) -> torch.Tensor:
+        flat = features.flatten(1)
+        return F.normalize(flat @ flat.t(), dim=1)
+
+    return (similarities(student) - similarities(teacher)).square().sum(1).mean()
+
+
+def distillation_loss(
+    outputs: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor, recipe: Recipe, task_loss: LossFunction
+) -> torch.Tensor:
+    """``alpha T^2 KL(teacher || student)`` at temperature T plus ``(1 - alpha)`` of the task's own loss."""
+    temperature = recipe.temperature
+    soft = F.kl_div(
+        F.log_softmax(outputs / temperature, dim=1),
+        F.log_softmax(teacher / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    loss = recipe.alpha * temperature**2 * soft
+    if recipe.alpha < 1.0:
+        loss = loss + (1.0 - recipe.alpha) * task_loss(outputs, targets)
+    return loss
+
+
+def distill(
+    module: GraphModule,
+    data: TeacherData,
+    recipe: Recipe,
+    *,
+    steps: int,
+    learning_rate: float,
+    task_loss: LossFunction,
+    generator: torch.Generator,
+    extra_parameters: list[nn.Parameter] | None = None,
+    weight_decay: float = 1e-4,
+    batch_size: int = 128,
+    seconds: float | None = None,
+    mixed_precision: bool = True,
+    progress: Progress | None = None,
+) -> int:
+    """Trains a module in place against cached teacher outputs; the learning rate rises for 10% and falls along a cosine.
+
+    Args:
+        seconds: where given, training ends when they are over, the schedule being stretched to end with them.
+        mixed_precision: whether to compute in bfloat16 where the CPU has it (see ``mixed_precision_pays``).
+
+    Returns:
+        The number of steps taken.
+
+    Raises:
+        FloatingPointError: the loss is no finite number: the recovery diverged.
+    """
+    own = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in own if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in own if p.dim() <= 1] + list(extra_parameters or []), "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate)
+    name = penultimate(module) if recipe.feature_weight and data.features is not None else None
+    seen: list[torch.Tensor] = []
+    inner = module.taps.get(name) if name else None
+    if name is not None:
+
+        def capture(value: torch.Tensor) -> torch.Tensor:
+            value = inner(value) if inner else value
+            seen.append(value)
+            return value
+
+        module.taps[name] = capture
+    module.train()
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    started = time.monotonic()
+    taken = 0
+    try:
+        for inputs, targets, logits, features in data.batches(batch_size, generator):
+            elapsed = time.monotonic() - started
+            part = taken / max(steps, 1) if seconds is None else elapsed / max(seconds, 1e-9)
+            if part >= 1.0 or taken >= steps:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * _schedule(part)
+            seen.clear()
+            with autocast_context() if mixed_precision else nullcontext():
+                outputs = module(_fast_layout(inputs))
+            loss = distillation_loss(outputs.float(), targets, logits, recipe, task_loss)
+            if seen:
+                loss = loss + recipe.feature_weight * similarity_loss(seen[0].float(), features)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the distillation loss became {float(loss)} at step {taken}")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(own, 5.0)
+            optimizer.step()
+            taken += 1
+            if progress is not None:
+                progress.advance()
+    finally:
+        if name is not None:
+            if inner is not None:
+                module.taps[name] = inner
+            else:
+                module.taps.pop(name, None)
+        module.eval()
+    return taken
+
+
+def _schedule(part: float) -> float:
+    """Linear warm-up over the first tenth, then a cosine to zero."""
+    if part < 0.1:
+        return 0.1 + 9.0 * part
+    return 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * (part - 0.1) / 0.9))))
+
+
+def mixed_precision_pays(module: GraphModule, inputs: torch.Tensor) -> bool:
+    """Times a training step both ways: narrow layers are often slower in bfloat16 than in float32."""
+    taken = {}
+    module.train()
+    inputs = _fast_layout(inputs)
+    for mixed in (False, True, False, True):
+        started = time.perf_counter()
+        with autocast_context() if mixed else nullcontext():
+            outputs = module(inputs)
+        outputs.float().square().mean().backward()
+        taken[mixed] = time.perf_counter() - started  # the second time counts, once buffers are warm
+    module.zero_grad(set_to_none=True)
+    module.eval()
+    return taken[True] < taken[False]

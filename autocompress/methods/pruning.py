@@ -1,0 +1,68 @@
+"""Structured channel pruning: a group's channels leave every tensor that produces, carries or reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from autocompress.errors import UsageError
+from autocompress.plan import Group, Layer, ModelGraph
+
+
+def rewrite(graph: ModelGraph, keep: Mapping[str, int]) -> ModelGraph:
+    """The graph with groups shrunk to ``keep[group]`` channels; groups that are not named stay whole."""
+    sizes: dict[str, list[int]] = {}
+    groups: list[Group] = []
+    known = {group.id for group in graph.groups}
+    for name in keep:
+        if name not in known:
+            raise UsageError(f"the plan prunes {name!r}, which is no group of this model; groups: {sorted(known)}")
+    for group in graph.groups:
+        kept = keep.get(group.id, group.size)
+        if not 1 <= kept <= group.size:
+            raise UsageError(f"group {group.id!r} has {group.size} channels; cannot keep {kept}")
+        groups.append(group.model_copy(update={"size": kept}))
+        if kept == group.size:
+            continue
+        for member in group.members:
+            shape = sizes.setdefault(member.tensor, list(graph.tensors[member.tensor].shape))
+            shape[member.axis] -= (group.size - kept) * member.repeat
+    tensors = dict(graph.tensors)
+    for name, shape in sizes.items():
+        tensors[name] = tensors[name].model_copy(update={"shape": tuple(shape)})
+    layers = tuple(_regroup(layer, graph, sizes) for layer in graph.layers)
+    return graph.model_copy(update={"layers": layers, "tensors": tensors, "groups": tuple(groups)})
+
+
+def _regroup(layer: Layer, graph: ModelGraph, sizes: Mapping[str, list[int]]) -> Layer:
+    """A depthwise convolution has as many groups as channels."""
+    weight = layer.inputs[1] if layer.op == "Conv" else ""
+    count = layer.attributes.get("group", 1)
+    if weight in sizes and isinstance(count, int) and count > 1 and count == graph.tensors[weight].shape[0]:
+        return layer.model_copy(update={"attributes": {**layer.attributes, "group": sizes[weight][0]}})
+    return layer
+
+
+def slice_weights(
+    graph: ModelGraph, weights: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The weights that remain when each group keeps the channels ``kept[group]`` (int64 indices, ascending)."""
+    chosen: dict[tuple[str, int], torch.Tensor] = {}
+    for group in graph.groups:
+        if group.id not in kept or len(kept[group.id]) == group.size:
+            continue
+        removed = torch.ones(group.size, dtype=torch.bool)
+        removed[kept[group.id]] = False
+        gone = removed.nonzero().flatten()
+        for member in group.members:
+            if member.role == "activation":
+                continue
+            key = (member.tensor, member.axis)
+            mask = chosen.setdefault(key, torch.ones(weights[member.tensor].shape[member.axis], dtype=torch.bool))
+            places = member.offset + gone[:, None] * member.repeat + torch.arange(member.repeat)
+            mask[places.flatten()] = False
+    result = dict(weights)
+    for (name, axis), mask in chosen.items():
+        result[name] = result[name].index_select(axis, mask.nonzero().flatten().to(result[name].device))
+    return result

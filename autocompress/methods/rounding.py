@@ -1,0 +1,87 @@
+"""Weights on integer grids: scales, and rounding that makes up for its own error (GPTQ, 2210.17323)."""
+
+from __future__ import annotations
+
+import torch
+
+BLOCK = 128
+
+
+def integer_range(bits: int) -> tuple[int, int]:
+    """Signed integers of a symmetric format; the lowest value is left unused at 8 bits, as runtimes assume.
+
+    >>> integer_range(4)
+    (-8, 7)
+    """
+    return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def row_scales(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """A scale for each row of ``[rows, columns]``; below 8 bits the one of least squared error among clipped ranges."""
+    low, high = integer_range(bits)
+    largest = weight.abs().amax(dim=1).clamp_min(1e-8)
+    best = largest / high
+    if bits >= 8:
+        return best
+    error = torch.full_like(best, float("inf"))
+    for shrink in torch.linspace(0.55, 1.0, 19).tolist():
+        scale = largest * shrink / high
+        rounded = (weight / scale[:, None]).round().clamp(low, high) * scale[:, None]
+        trial = (rounded - weight).square().sum(dim=1)
+        best = torch.where(trial < error, scale, best)
+        error = torch.minimum(trial, error)
+    return best
+
+
+def round_to_nearest(weight: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """The nearest grid values of ``[rows, columns]``."""
+    low, high = integer_range(bits)
+    return (weight / scales[:, None]).round().clamp(low, high) * scales[:, None]
+
+
+def round_with_compensation(
+    weight: torch.Tensor, bias: torch.Tensor, hessian: torch.Tensor, scales: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds column by column, moving each column's error into the columns still free and at last into the bias.
+
+    Args:
+        weight: ``[rows, columns]``.
+        bias: ``[rows]``; the coefficient of a constant input, never rounded.
+        hessian: ``[columns + 1, columns + 1]``: the inputs' second moments, the constant input last.
+        scales: ``[rows]``.
+        bits: of the grid.
+
+    Returns:
+        The rounded weight and the corrected bias.
+    """
+    low, high = integer_range(bits)
+    columns = weight.shape[1]
+    upper = _inverse_factor(hessian)
+    work = torch.cat([weight, bias[:, None]], dim=1).to(upper.dtype)
+    step = scales.to(upper.dtype)
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        errors = torch.zeros(work.shape[0], stop - start, dtype=work.dtype)
+        for column in range(start, stop):
+            value = work[:, column]
+            rounded = (value / step).round().clamp(low, high) * step
+            error = (value - rounded) / upper[column, column]
+            work[:, column + 1 : stop] -= error[:, None] * upper[column, column + 1 : stop][None]
+            work[:, column] = rounded
+            errors[:, column - start] = error
+        work[:, stop:] -= errors @ upper[start:stop, stop:]
+    return work[:, :columns].to(weight.dtype), work[:, columns].to(bias.dtype)
+
+
+def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of the damped inverse."""
+    matrix = hessian.double()
+    damping = 0.01 * matrix.diagonal().mean().clamp_min(1e-8)
+    matrix = matrix + damping * torch.eye(matrix.shape[0], dtype=matrix.dtype)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def snap(matrix: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Rows ``[rows, columns]`` that are integers times their scale up to rounding errors, made so to the bit."""
+    return (matrix / scales[:, None]).round() * scales[:, None]

@@ -1,0 +1,156 @@
+"""What calibration data says of a model: input second moments, activation ranges, output statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from autocompress.graph.executor import GraphModule, Tap
+from autocompress.methods.quantization import weight_axis
+from autocompress.plan import Layer, ModelGraph
+
+SAMPLED_ROWS = 16384
+"""Rows (image positions) of a layer's input kept from each calibration batch."""
+
+SAMPLED_VALUES = 65536
+"""Values of an activation kept for choosing its range."""
+
+
+@dataclass
+class CalibrationStatistics:
+    """Gathered from one pass over the calibration data.
+
+    Attributes:
+        hessians: for each weight layer, ``E[x x^T]`` of its input columns with a constant 1 as the last.
+        samples: for each floating activation, a sample of its values.
+        means: for each weight layer, its output's mean a channel.
+        deviations: for each weight layer, its output's standard deviation a channel.
+    """
+
+    hessians: dict[str, torch.Tensor] = field(default_factory=dict)
+    samples: dict[str, torch.Tensor] = field(default_factory=dict)
+    means: dict[str, torch.Tensor] = field(default_factory=dict)
+    deviations: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def is_depthwise(graph: ModelGraph, layer: Layer) -> bool:
+    """Whether each output channel reads one input channel alone."""
+    count = layer.attributes.get("group", 1)
+    return layer.op == "Conv" and isinstance(count, int) and count > 1 and graph.tensors[layer.inputs[1]].shape[1] == 1
+
+
+def weight_matrix(layer: Layer, weight: torch.Tensor) -> torch.Tensor:
+    """A weight as ``[output channels, inputs]``."""
+    return weight.flatten(1) if weight_axis(layer) == 0 else weight.t()
+
+
+def from_matrix(layer: Layer, matrix: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The inverse of ``weight_matrix``."""
+    return (matrix if weight_axis(layer) == 0 else matrix.t()).reshape(tuple(shape))
+
+
+def input_rows(layer: Layer, x: torch.Tensor, kernel: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """The inputs each output position multiplies, as ``[rows, columns]``; at most ``SAMPLED_ROWS`` of them."""
+    if layer.op != "Conv":
+        rows = x.reshape(-1, x.shape[-1])
+    else:
+        pads = layer.attributes.get("pads", (0, 0, 0, 0))
+        strides = layer.attributes.get("strides", (1, 1))
+        dilations = layer.attributes.get("dilations", (1, 1))
+        top, left, bottom, right = (int(p) for p in pads)  # type: ignore[union-attr]
+        per_image = max(1, SAMPLED_ROWS // max(1, (x.shape[-1] * x.shape[-2]) // max(1, int(strides[0]) ** 2)))  # type: ignore[index]
+        x = F.pad(x[:per_image], (left, right, top, bottom))
+        columns = F.unfold(x, tuple(kernel), dilation=tuple(dilations), stride=tuple(strides))  # type: ignore[arg-type]
+        rows = columns.transpose(1, 2).reshape(-1, columns.shape[1])
+    if rows.shape[0] > SAMPLED_ROWS:
+        rows = rows[torch.randint(rows.shape[0], (SAMPLED_ROWS,), generator=generator)]
+    return rows
+
+
+def collect(module: GraphModule, batches: Iterable[tuple[torch.Tensor, ...]], seed: int, hessians: bool = True) -> CalibrationStatistics:
+    """Runs the batches through the module and gathers its statistics; the module's own taps are kept in place."""
+    graph = module.graph
+    generator = torch.Generator().manual_seed(seed)
+    result = CalibrationStatistics()
+    counts: dict[str, int] = {}
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
+    samples: dict[str, list[torch.Tensor]] = {}
+    readers: dict[str, list[Layer]] = {}
+    producers: dict[str, Layer] = {}
+    for layer in graph.compressible:
+        producers[layer.outputs[0]] = layer
+        if hessians and not is_depthwise(graph, layer) and int(layer.attributes.get("group", 1)) == 1:  # type: ignore[arg-type]
+            readers.setdefault(layer.inputs[0], []).append(layer)
+    original = dict(module.taps)
+
+    def observe(name: str) -> Tap:
+        inner = original.get(name)
+
+        def tap(value: torch.Tensor) -> torch.Tensor:
+            if value.is_floating_point():
+                flat = value.detach().flatten()
+                take = min(flat.numel(), SAMPLED_VALUES // 4)
+                chosen = flat[torch.randint(flat.numel(), (take,), generator=generator)]
+                edges = torch.stack([flat.min(), flat.max()])
+                samples.setdefault(name, []).append(torch.cat([chosen, edges]))
+                if name in producers:
+                    _accumulate(sums, producers[name], value)
+            value = inner(value) if inner else value
+            for layer in readers.get(name, ()):
+                kernel = graph.tensors[layer.inputs[1]].shape[2:]
+                rows = input_rows(layer, value, kernel, generator)
+                rows = torch.cat([rows, torch.ones(rows.shape[0], 1)], dim=1)
+                total = result.hessians.get(layer.name)
+                product = rows.t() @ rows
+                result.hessians[layer.name] = product if total is None else total + product
+                counts[layer.name] = counts.get(layer.name, 0) + rows.shape[0]
+            return value
+
+        return tap
+
+    names = [*graph.inputs, *(out for layer in graph.layers for out in layer.outputs if out)]
+    module.taps = {name: observe(name) for name in names}
+    try:
+        with torch.no_grad():
+            for inputs in batches:
+                module(*inputs)
+    finally:
+        module.taps = original
+    for name, count in counts.items():
+        result.hessians[name] /= count
+    for name, (total, squares, count) in sums.items():
+        mean = total / count
+        result.means[name] = mean
+        result.deviations[name] = (squares / count - mean.square()).clamp_min(0).sqrt()
+    result.samples = {name: torch.cat(parts)[-SAMPLED_VALUES:] for name, parts in samples.items()}
+    return result
+
+
+def _accumulate(sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]], layer: Layer, value: torch.Tensor) -> None:
+    channels = value.transpose(0, 1).flatten(1) if layer.op == "Conv" else value.reshape(-1, value.shape[-1]).t()
+    total, squares = channels.sum(1), channels.square().sum(1)
+    if layer.name in sums:
+        before = sums[layer.name]
+        sums[layer.name] = (before[0] + total, before[1] + squares, before[2] + channels.shape[1])
+    else:
+        sums[layer.name] = (total, squares, channels.shape[1])
+
+
+def choose_range(sample: torch.Tensor, bits: int = 8) -> tuple[float, float]:
+    """The range of least squared quantization error among shrunk min-max ranges."""
+    low, high = min(float(sample.min()), 0.0), max(float(sample.max()), 0.0)
+    if high - low < 1e-8:
+        return 0.0, 1e-6
+    levels = 2**bits - 1
+    best, chosen = float("inf"), (low, high)
+    for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5):
+        scale = (high - low) * shrink / levels
+        zero = round(-low * shrink / scale)
+        rounded = ((sample / scale).round() + zero).clamp(0, levels).sub(zero) * scale
+        error = float((rounded - sample).square().mean())
+        if error < best:
+            best, chosen = error, (low * shrink, high * shrink)
+    return chosen

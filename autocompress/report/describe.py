@@ -1,0 +1,149 @@
+"""Says in a few words what a plan does and what a front achieved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autocompress.front import LoadedFront, Point, error_of, points_per_unit
+from autocompress.plan import CompressionPlan, LayerPlan, Metric
+from autocompress.report.space import SpaceSummary
+from autocompress.units import format_bytes, format_ms, format_ratio
+
+WITHIN_POINTS = 1.0
+"""The drop in validation quality up to which a point counts as keeping the original's quality."""
+
+
+def describe_plan(plan: CompressionPlan, space: SpaceSummary) -> str:
+    """A plan in words: ``62% of channels, int8 in 18 of 20 layers, 4-bit weights in 7, 300 steps of recovery``."""
+    parts = []
+    if plan.base.kind == "student":
+        origin = "inherited" if plan.base.init == "inherit" else "fresh"
+        depth = f", {plan.base.depth:g}x deep" if plan.base.depth != 1.0 else ""
+        parts.append(f"{plan.base.width:g}x student{depth} ({origin})")
+    if space.group_sizes:
+        kept = sum(space.keep_ratio(plan, group) * size for group, size in space.group_sizes.items())
+        share = kept / max(sum(space.group_sizes.values()), 1)
+        parts.append("all channels" if share > 0.995 else f"{share:.0%} of channels")
+    layers = [plan.layers.get(name, LayerPlan()) for name in space.layers]
+    int8 = sum(layer.compute == "int8" for layer in layers)
+    if int8:
+        parts.append("all int8" if int8 == len(layers) else f"int8 in {int8} of {len(layers)} layers")
+    else:
+        parts.append("fp32")
+    narrow: dict[int, int] = {}
+    for layer in layers:
+        if layer.storage.bits < 8:
+            narrow[layer.storage.bits] = narrow.get(layer.storage.bits, 0) + 1
+    parts += [f"{bits}-bit weights in {count}" for bits, count in sorted(narrow.items())]
+    steps = plan.recipe.steps + plan.recipe.qat_steps
+    if steps:
+        parts.append(f"{steps} steps of recovery")
+    return ", ".join(parts)
+
+
+def quality_text(metric: Metric, value: float) -> str:
+    """A quality as people read it: a fraction in percent."""
+    return f"{value:.2%}" if metric.unit == "fraction" else f"{value:.4g} {metric.unit}".rstrip()
+
+
+def drop_text(metric: Metric, drop: float | None, *, unit: bool = True) -> str:
+    """A loss with its sign turned: ``-0.63 points``; a gain is ``+``."""
+    if drop is None:
+        return "unknown"
+    word = "points" if metric.unit == "fraction" else metric.unit
+    shown = 0.0 if abs(drop) < 0.005 else -drop
+    return f"{shown:+.2f} {word}".rstrip() if unit else f"{shown:+.2f}"
+
+
+def gains_text(point: Point) -> str:
+    """``4.7x faster, 11x smaller`` than the original; slower and larger are said as such."""
+    parts = []
+    for ratio, better, worse in ((point.speedup, "faster", "slower"), (point.shrink, "smaller", "larger")):
+        if ratio is not None:
+            parts.append(f"{format_ratio(ratio)} {better}" if ratio >= 1 else f"{format_ratio(1 / ratio)} {worse}")
+    return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Highlight:
+    """One point worth naming, and why."""
+
+    title: str
+    point: Point
+    gains: str
+    detail: str
+
+
+def highlights(front: LoadedFront) -> list[Highlight]:
+    """The points that people ask for first, each once: chosen on validation, told with the test result."""
+    close = [point for point in front.points if point.drop is not None and point.drop <= WITHIN_POINTS]
+    scope = f"within {WITHIN_POINTS:g} {'point' if points_per_unit(front.front.metric) == 100 else 'unit'}"
+    wanted: list[tuple[str, Point]] = []
+    if close:
+        wanted.append((f"Best trade-off {scope}", min(close, key=_product)))
+        wanted.append((f"Fastest {scope}", min(close, key=lambda p: p.latency_ms or 0.0)))
+        wanted.append((f"Smallest {scope}", min(close, key=lambda p: p.size_bytes)))
+    if front.points:
+        best = min(front.points, key=lambda p: error_of(p.metric, p.validation))
+        wanted.append(("Most accurate", best))
+        wanted.append(("Most compressed", min(front.points, key=_product)))
+    merged: dict[str, tuple[list[str], Point]] = {}
+    for title, point in wanted:
+        merged.setdefault(point.id, ([], point))[0].append(title)
+    return [
+        Highlight(_joined(titles, scope), point, gains_text(point), _detail(point)) for titles, point in merged.values()
+    ]
+
+
+def verdict(front: LoadedFront) -> tuple[str, str]:
+    """The result in one sentence, and what it rests on.
+
+    The point is chosen on validation quality; the sentence quotes the test split, which nothing was chosen on.
+    """
+    if not front.points:
+        return "No compressed model has been delivered yet.", "The search is running, or it was stopped early."
+    metric = front.front.metric
+    close = [point for point in front.points if point.drop is not None and point.drop <= WITHIN_POINTS]
+    if close:
+        point = min(close, key=_product)
+        lead = f"{gains_text(point)} within {WITHIN_POINTS:g} point of the original"
+    else:
+        point = min(front.points, key=lambda p: p.drop if p.drop is not None else error_of(metric, p.validation))
+        lead = f"{gains_text(point)} at {drop_text(metric, point.drop)} against the original"
+    return f"{lead[0].upper()}{lead[1:]}.", f"Point {point.id}: {_detail(point)}."
+
+
+def _detail(point: Point) -> str:
+    metric = point.metric
+    parts = [f"test {metric.name} {quality_text(metric, point.test)}"]
+    if point.test_drop is not None:
+        interval = drop_interval_text(point)
+        parts[0] += f" ({drop_text(metric, point.test_drop)}{f', 95% interval {interval}' if interval else ''})"
+    if point.latency_ms is not None:
+        word = "" if point.info.latency_ms.measured is not None else " predicted"
+        parts.append(f"{format_ms(point.latency_ms)}{word}")
+    parts.append(format_bytes(point.size_bytes))
+    return ", ".join(parts)
+
+
+def drop_interval_text(point: Point) -> str:
+    """The 95% interval of the paired test difference, ``-0.98 to -0.28``; empty where it is not known."""
+    bounds = point.info.quality.drop_ci95
+    if bounds is None:
+        return ""
+    worst, best = (drop_text(point.metric, b * points_per_unit(point.metric), unit=False) for b in reversed(bounds))
+    return f"{worst} to {best}"
+
+
+def _joined(titles: list[str], scope: str) -> str:
+    """``Fastest and smallest within 1 point``: the scope once, at the end."""
+    if len(titles) == 1:
+        return titles[0]
+    short = [title.removesuffix(f" {scope}") for title in titles]
+    words = [short[0], *(word[0].lower() + word[1:] for word in short[1:])]
+    text = f"{', '.join(words[:-1])} and {words[-1]}"
+    return f"{text} {scope}" if all(title.endswith(scope) for title in titles) else text
+
+
+def _product(point: Point) -> float:
+    return (point.latency_ms or 1.0) * point.size_bytes

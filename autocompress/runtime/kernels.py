@@ -1,0 +1,167 @@
+"""What ONNX Runtime really executes, read from the graph it has optimized for this machine.
+
+Constant folding and fusion are not promised by any standard, so each exported file is checked: an "int8" layer that
+the runtime executes in float between two conversions is slower than the float model it came from.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx
+import onnxruntime as ort
+
+from autocompress.errors import UsageError
+from autocompress.methods.compressed import CompressedModel
+from autocompress.plan import LayerPlan
+
+Kind = Literal["int8", "fp32", "convert", "other"]
+
+WEIGHT_KERNELS_INT8 = frozenset(
+    {
+        "QLinearConv",
+        "QGemm",
+        "QLinearMatMul",
+        "MatMulIntegerToFloat",
+        "ConvInteger",
+        "MatMulInteger",
+        "DynamicQuantizeMatMul",
+    }
+)
+WEIGHT_KERNELS_FP32 = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"})
+CONVERSIONS = frozenset(
+    {
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "ReorderInput",
+        "ReorderOutput",
+        "Transpose",
+        "Cast",
+    }
+)
+_MOVERS = frozenset(
+    {
+        "Flatten",
+        "MaxPool",
+        "NhwcMaxPool",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Identity",
+        "Slice",
+        "Split",
+        "Pad",
+        "Concat",
+    }
+)
+_FREE = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Shape", "Constant"})
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One node of the optimized graph; ``name`` is that of the exported node it came from, where it had one."""
+
+    op: str
+    domain: str
+    kind: Kind
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """The kernels of one artifact.
+
+    ``counts`` has ``int8``, ``fp32``, ``convert`` (quantize, dequantize, reorder, transpose, cast) and ``other``
+    (operators that compute nothing, such as Flatten).
+    """
+
+    counts: Mapping[str, int]
+    nodes: tuple[Kernel, ...]
+
+    @property
+    def int8_weight_layers(self) -> int:
+        """Layers with weights that are executed in integers."""
+        return sum(node.op in WEIGHT_KERNELS_INT8 for node in self.nodes)
+
+    @property
+    def fp32_weight_layers(self) -> int:
+        """Layers with weights that are executed in float."""
+        return sum(node.op in WEIGHT_KERNELS_FP32 for node in self.nodes)
+
+
+def optimized_graph(model: Path | str | bytes, threads: int = 1) -> onnx.ModelProto:
+    """The graph that a plain session executes: fused, folded and laid out for this machine.
+
+    It is not portable (its layouts are this CPU's), so it is read and thrown away.
+    """
+    if not isinstance(model, bytes) and not Path(model).is_file():
+        raise UsageError(f"no model file at {str(model)!r}")
+    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
+        target = Path(folder) / "optimized.onnx"
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.optimized_model_filepath = str(target)
+        options.log_severity_level = 3  # it warns that the graph is for this machine only, which is the point
+        source = model if isinstance(model, bytes) else str(model)
+        ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return onnx.load(target)
+
+
+def executed_kernels(model: Path | str | bytes, threads: int = 1) -> KernelReport:
+    """Classifies every node that the runtime executes for an artifact."""
+    graph = optimized_graph(model, threads).graph
+    integer: set[str] = set()
+    nodes = []
+    for node in graph.node:
+        kind = _kind(node, integer)
+        if (
+            kind == "int8"
+            or node.op_type == "QuantizeLinear"
+            or (node.op_type in _MOVERS | {"Transpose"} and node.input[0] in integer)
+        ):
+            integer.update(node.output)
+        nodes.append(Kernel(node.op_type, node.domain, kind, node.name, tuple(node.input), tuple(node.output)))
+    counts: Counter[str] = Counter({"int8": 0, "fp32": 0, "convert": 0, "other": 0})
+    counts.update(node.kind for node in nodes)
+    return KernelReport(dict(counts), tuple(nodes))
+
+
+def _kind(node: onnx.NodeProto, integer: set[str]) -> Kind:
+    if node.op_type in CONVERSIONS:
+        return "convert"
+    if node.op_type in _FREE:
+        return "other"
+    if node.op_type in WEIGHT_KERNELS_INT8 or node.op_type.startswith(("QLinear", "QAttention", "QEmbed")):
+        return "int8"
+    if node.op_type in _MOVERS and node.input and node.input[0] in integer:
+        return "int8"
+    return "fp32"
+
+
+def check_kernels(compressed: CompressedModel, report: KernelReport) -> list[str]:
+    """What the runtime executes otherwise than the plan says; empty where the artifact is the plan."""
+    layers = compressed.graph.compressible
+    plans = compressed.plan.layers
+    planned = {str(place) for place, layer in enumerate(layers) if plans.get(layer.name, LayerPlan()).compute == "int8"}
+    # The exporter names each weight layer by its place, and the runtime's integer kernels keep that before a "_".
+    executed = {node.name.partition("_")[0] for node in report.nodes if node.op in WEIGHT_KERNELS_INT8}
+    wrong = []
+    for place, layer in enumerate(layers):
+        if (str(place) in planned) != (str(place) in executed):
+            plan, runs = ("int8", "float") if str(place) in planned else ("fp32", "int8")
+            wrong.append(f"layer {layer.name!r} is {plan} in the plan, but the runtime executes it in {runs}")
+    int8, fp32 = len(planned), len(layers) - len(planned)
+    if report.int8_weight_layers != int8:
+        wrong.append(f"the plan computes {int8} layers in int8, the runtime executes {report.int8_weight_layers}")
+    # More are no fault: the runtime executes, for one, a batch norm that follows no convolution as a convolution.
+    if report.fp32_weight_layers < fp32:
+        wrong.append(f"the plan computes {fp32} layers in fp32, the runtime executes {report.fp32_weight_layers}")
+    return wrong

@@ -1,0 +1,320 @@
+"""Exports candidates, measures the files in the runtime, and publishes those that belong to the front."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from autocompress.errors import InfeasibleError
+from autocompress.export.checkpoint import save_checkpoint
+from autocompress.export.onnx import write_onnx
+from autocompress.front import error_of, latency_of, points_frame
+from autocompress.methods.compressed import CompressedModel
+from autocompress.methods.simulation import build_compressed
+from autocompress.pareto import distinct_mask, pareto_mask
+from autocompress.plan import Estimate, Front, FrontPoint, Latency, Quality, SearchSummary, Target
+from autocompress.progress import Progress, SilentProgress
+from autocompress.runtime.kernels import check_kernels, executed_kernels
+from autocompress.runtime.onnxruntime import make_session, run_batches
+from autocompress.runtime.timing import LatencyStats, measure_latency
+from autocompress.search.files import write_text
+from autocompress.search.scoring import Scores, front_hypervolume, interval, paired_drop, ties
+from autocompress.tasks.base import Task
+
+logger = logging.getLogger(__name__)
+
+ORIGINAL, UNIFORM_INT8 = "original", "uniform-int8"
+BATCH = 250
+AGREEMENT_SAMPLES = 1000
+LATENCY_MARGIN = 1.03
+"""A latency budget must hold with this much to spare, since measuring again gives another median."""
+
+
+@dataclass
+class Delivery:
+    """The models of one run: what was exported, what was measured, and which of it is the front.
+
+    Attributes:
+        run: the run directory.
+        task: gives the splits and the score.
+        target: where the files are measured.
+        objectives: axes of the front, ``error`` among them.
+        limits: budgets by cost name; ``drop`` in points of validation quality.
+    """
+
+    run: Path
+    task: Task
+    target: Target
+    objectives: tuple[str, ...]
+    limits: Mapping[str, float]
+    seed: int
+    points: dict[str, FrontPoint] = field(default_factory=dict)
+    uppers: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    _scores: dict[tuple[str, str], Scores] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._work = self.run / ".work" / "models"
+        for path in sorted(self._work.glob("*/metrics.json")):
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            self.points[path.parent.name] = FrontPoint.model_validate(facts["point"])
+            self.uppers[path.parent.name] = facts["latency_upper_ms"]
+            for split in ("validation", "test"):
+                self._scores[path.parent.name, split] = np.load(path.parent / f"{split}.npy").astype(np.float64)
+
+    # --------------------------------------------------------------------------------------------- exporting
+
+    def add(self, name: str, compressed: CompressedModel, estimate: Estimate | None) -> bool:
+        """Exports one model and scores the file; its latency follows with ``measure``.
+
+        Returns:
+            False where the runtime does not execute it as planned: it is noted as rejected and left out.
+        """
+        if name in self.points or name in self.failures:
+            return name in self.points
+        folder = self._work / f"{name}.part"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        artifact = folder / "model.onnx"
+        size = write_onnx(compressed, artifact, {"autocompress.plan": compressed.plan.digest})
+        report = executed_kernels(artifact, self.target.threads)
+        problems = check_kernels(compressed, report)
+        if problems:
+            self.failures[name] = "; ".join(problems)
+            logger.warning("%s is left out: %s", name, self.failures[name])
+            shutil.rmtree(folder)
+            return False
+        save_checkpoint(compressed, folder)
+        session = make_session(artifact, threads=min(2, torch.get_num_threads()))
+        for split in ("validation", "test"):
+            data = self.task.split(split)
+            batches = (data.batch(slice(i, i + BATCH)).inputs[0].numpy() for i in range(0, len(data), BATCH))
+            outputs = torch.from_numpy(run_batches(session, batches))
+            scores = self.task.score(outputs, data.targets).double().numpy()
+            np.save(folder / f"{split}.npy", scores.astype(np.float32))
+            self._scores[name, split] = scores
+            if split == "validation":
+                agreement = self._agreement(compressed, outputs)
+        test = self._scores[name, "test"]
+        reference = self._scores.get((ORIGINAL, "test"))
+        costs = estimate.costs if estimate is not None else {}
+        latency = costs.get("latency_ms")
+        memory = costs.get("peak_memory_bytes")
+        self.points[name] = FrontPoint(
+            id=name,
+            plan=compressed.plan,
+            quality=Quality(
+                validation=float(self._scores[name, "validation"].mean()),
+                test=float(test.mean()),
+                test_ci95=interval(test),
+                drop_ci95=None if reference is None else paired_drop(reference, test),
+            ),
+            latency_ms=Latency(
+                predicted=None if latency is None else latency.value,
+                measured=None,
+                measured_p95=None,
+                error_band=None if latency is None else (latency.low, latency.high),
+            ),
+            size_bytes=size,
+            params=compressed.graph.parameters(),
+            macs=compressed.graph.macs(),
+            peak_memory_bytes=None if memory is None else int(memory.value),
+            artifact=f"models/{name}/model.onnx",
+            checkpoint=f"models/{name}/model.safetensors",
+            runtime_agreement=agreement,
+            kernels=dict(report.counts),
+        )
+        final = self._work / name
+        shutil.rmtree(final, ignore_errors=True)
+        folder.rename(final)
+        return True
+
+    def _agreement(self, compressed: CompressedModel, outputs: torch.Tensor) -> float:
+        """The share of validation samples that the torch simulation and the runtime classify alike."""
+        data = self.task.split("validation")
+        count = min(AGREEMENT_SAMPLES, len(data))
+        module = build_compressed(compressed)
+        with torch.no_grad():
+            simulated = torch.cat([module(data.batch(slice(i, min(i + BATCH, count))).inputs[0]) for i in range(0, count, BATCH)])
+        if simulated.dim() != 2:
+            return float(torch.isclose(simulated, outputs[:count], rtol=1e-2, atol=1e-2).float().mean())
+        return float((simulated.argmax(1) == outputs[:count].argmax(1)).float().mean())
+
+    # --------------------------------------------------------------------------------------------- measuring
+
+    def measure(self, names: Iterable[str], seconds_each: float, progress: Progress | None = None) -> None:
+        """Times models in the runtime, the original among them, and writes their metrics."""
+        chosen = [name for name in dict.fromkeys([ORIGINAL, *names]) if name in self.points]
+        files = {name: self._work / name / "model.onnx" for name in chosen}
+        stats = measure_latency(
+            files,
+            threads=self.target.threads,
+            batch=self.target.batch,
+            seconds_each=seconds_each,
+            progress=progress or SilentProgress(),
+        )
+        for name, taken in stats.items():
+            self._record(name, taken)
+
+    def _record(self, name: str, taken: LatencyStats) -> None:
+        point = self.points[name]
+        latency = point.latency_ms.model_copy(update={"measured": taken.median_ms, "measured_p95": taken.p95_ms})
+        self.points[name] = point.model_copy(update={"latency_ms": latency})
+        self.uppers[name] = max(taken.high_ms, taken.median_ms * LATENCY_MARGIN)
+        facts = {"point": self.points[name].model_dump(mode="json"), "latency_upper_ms": self.uppers[name]}
+        write_text(self._work / name / "metrics.json", json.dumps(facts))
+
+    # -------------------------------------------------------------------------------------------- publishing
+
+    def excess(self, point: FrontPoint) -> dict[str, float]:
+        """By what share of each broken budget a measured point exceeds it."""
+        values = {
+            "latency_ms": self.uppers.get(point.id, latency_of(point) or np.inf),
+            "size_bytes": point.size_bytes,
+            "peak_memory_bytes": point.peak_memory_bytes,
+            "macs": point.macs,
+            "energy_mj": point.energy_mj,
+            "drop": self._drop(point),
+        }
+        found = {}
+        for name, limit in self.limits.items():
+            value = values[name]
+            if value is None or value > limit + 1e-9:
+                found[name] = np.inf if value is None else (value - limit) / max(limit, 0.1 if name == "drop" else 1e-12)
+        return found
+
+    def _drop(self, point: FrontPoint) -> float:
+        metric = self.task.metric
+        lost = error_of(metric, point.quality.validation) - error_of(metric, self.points[ORIGINAL].quality.validation)
+        return lost * (100.0 if metric.unit == "fraction" else 1.0)
+
+    def select(self) -> tuple[list[FrontPoint], dict[str, str]]:
+        """The front among the measured models, best quality first, and why each other one is left out."""
+        rejected = dict(self.failures)
+        candidates = []
+        for name, point in self.points.items():
+            if name in (ORIGINAL, UNIFORM_INT8) or point.latency_ms.measured is None:
+                continue
+            broken = self.excess(point)
+            if broken:
+                limits = ", ".join(f"{key} by {100 * share:.1f}%" for key, share in broken.items())
+                rejected[name] = f"breaks a budget: {limits}"
+            else:
+                candidates.append(point)
+        candidates.sort(key=lambda p: (error_of(self.task.metric, p.quality.validation), latency_of(p) or 0.0))
+        values = np.array([self._values(p) for p in candidates]).reshape(len(candidates), len(self.objectives))
+        mask = pareto_mask(values) if len(candidates) else np.zeros(0, dtype=bool)
+        kept = [p for p, good in zip(candidates, mask, strict=True) if good]
+        for point, good in zip(candidates, mask, strict=True):
+            if not good:
+                by = next(q.id for q in kept if (np.array(self._values(q)) <= np.array(self._values(point))).all())
+                rejected[point.id] = f"dominated as measured by {by}"
+        if kept:
+            alike = distinct_mask(np.array([self._values(p) for p in kept]))
+            for point, apart in zip(kept, alike, strict=True):
+                if not apart:
+                    rejected[point.id] = "within 2% of another point on every axis"
+            kept = [p for p, apart in zip(kept, alike, strict=True) if apart]
+        labels = ties({p.id: self._scores[p.id, "validation"] for p in kept})
+        return [p.model_copy(update={"tied_with": labels[p.id]}) for p in kept], rejected
+
+    def _values(self, point: FrontPoint) -> list[float]:
+        error = error_of(self.task.metric, point.quality.validation)
+        found = {"error": error, "latency_ms": latency_of(point)}
+        return [float(found[o] if o in found else getattr(point, o)) for o in self.objectives]  # type: ignore[arg-type]
+
+    def publish(self, status: str, trials: int, seconds: float, stages: Mapping[str, float]) -> Front:
+        """Brings the run directory up to date: models first, then ``front.json`` renamed into place.
+
+        Models that left the front are removed only after the new ``front.json`` stands.
+        """
+        points, rejected = self.select()
+        reference = self.points[ORIGINAL]
+        baselines = [self.points[UNIFORM_INT8]] if UNIFORM_INT8 in self.points else []
+        shown = [reference, *baselines, *points]
+        for point in shown:
+            self._place(point)
+        front = Front(
+            version=1,
+            status=status,  # type: ignore[arg-type]
+            verified=True,
+            task=self.task.name,
+            model=self.task.model_name,
+            metric=self.task.metric,
+            target=self.target,
+            seed=self.seed,
+            objectives=self.objectives,
+            constraints=dict(self.limits),
+            reference=reference,
+            baselines=tuple(baselines),
+            points=tuple(points),
+            search=SearchSummary(
+                trials=trials,
+                seconds=seconds,
+                hypervolume=front_hypervolume(self.task.metric, reference, points),
+                stages=dict(stages),
+            ),
+        )
+        write_text(self.run / "front.json", front.model_dump_json(by_alias=True, indent=1))
+        self._write_tables(front, rejected)
+        keep = {point.id for point in shown}
+        for folder in (self.run / "models").iterdir():
+            if folder.name not in keep:
+                shutil.rmtree(folder)
+        return front
+
+    def _place(self, point: FrontPoint) -> None:
+        """Puts a model's files under ``models/``; a folder that appears there is whole."""
+        target = self.run / "models" / point.id
+        source = self._work / point.id
+        if not target.is_dir():
+            partial = target.with_suffix(".part")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name in ("model.onnx", "model.safetensors", "plan.json"):
+                shutil.copy2(source / name, partial / name)
+            write_text(partial / "metrics.json", point.model_dump_json(indent=1))
+            partial.rename(target)
+        else:
+            write_text(target / "metrics.json", point.model_dump_json(indent=1))
+
+    def _write_tables(self, front: Front, rejected: Mapping[str, str]) -> None:
+        from autocompress.front import LoadedFront
+
+        write_text(self.run / "front.csv", LoadedFront(self.run, front).to_frame().to_csv())
+        handles = [LoadedFront(self.run, front)._handle(self.points[n]) for n in rejected if n in self.points]
+        frame = points_frame(handles)
+        for name in rejected:
+            if name not in self.points:
+                frame.loc[name, "feasible"] = False
+        frame["reason"] = [rejected[name] for name in frame.index]
+        write_text(self.run / "rejected.csv", frame.to_csv(index_label="id"))
+
+    def require_feasible(self, front: Front) -> None:
+        """Raises the error of exit code 3 where no point keeps the budgets, with the one that comes nearest."""
+        if front.points or not self.limits:
+            return
+        measured = [p for n, p in self.points.items() if n != ORIGINAL and p.latency_ms.measured is not None]
+        if not measured:
+            raise InfeasibleError("no model was delivered: every candidate failed; see log.jsonl")
+        nearest = min(measured, key=lambda p: sum(self.excess(p).values()))
+        raise InfeasibleError(self.nearest_message(nearest), nearest)
+
+    def nearest_message(self, nearest: FrontPoint) -> str:
+        """Says which budgets the nearest point breaks, in the units they were given in."""
+        broken = ", ".join(f"{name} by {100 * share:.1f}%" for name, share in self.excess(nearest).items())
+        limits = ", ".join(f"{name} <= {limit:g}" for name, limit in self.limits.items())
+        return (
+            f"no compressed model keeps the budgets ({limits}); nearest: {nearest.id} with "
+            f"{nearest.latency_ms.measured:.4g} ms, {nearest.size_bytes / 1e6:.4g} MB and {self._drop(nearest):.2f} points "
+            f"of validation quality lost, which breaks {broken}"
+        )
+
+

@@ -1,0 +1,169 @@
+"""Trains candidates against the teacher and turns them into their number formats."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from autocompress.graph.executor import GraphModule
+from autocompress.methods.compressed import CompressedModel
+from autocompress.methods.distillation import TeacherData, distill, mixed_precision_pays
+from autocompress.methods.recovery import add_norms, fold_norms, quantize_aware, storage_bits
+from autocompress.plan import CompressionPlan, ModelGraph, Recipe
+from autocompress.progress import Progress
+from autocompress.tasks.base import Task, quality
+
+logger = logging.getLogger(__name__)
+
+FRESH_LEARNING_RATE = 3.0
+"""How much faster fresh weights learn than inherited ones."""
+
+QAT_LEARNING_RATE = 0.25
+"""Learning rate with formats simulated, relative to the recipe's."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recovered:
+    """A structure's float weights after some training.
+
+    Attributes:
+        graph: the graph after pruning.
+        weights: its weights, norms folded.
+        steps: training steps so far.
+        seconds: they took.
+        error: on the validation split, one minus the score.
+    """
+
+    graph: ModelGraph
+    weights: Mapping[str, torch.Tensor]
+    steps: int
+    seconds: float
+    error: float
+
+
+class Trainer:
+    """Recovers structures of one task.
+
+    Args:
+        task: gives calibration and validation data and the loss.
+        teacher: training samples with the teacher's answers.
+        seed: of the sample order.
+        batch_size: samples a step.
+    """
+
+    def __init__(self, task: Task, teacher: TeacherData, seed: int, batch_size: int = 128) -> None:
+        self.task, self.teacher, self.seed, self.batch_size = task, teacher, seed, batch_size
+        calibration = task.split("calibration").inputs
+        self.calibration = [(calibration[i : i + 128],) for i in range(0, len(calibration), 128)]
+
+    def float_recovery(
+        self,
+        graph: ModelGraph,
+        weights: Mapping[str, torch.Tensor],
+        recipe: Recipe,
+        *,
+        fresh: bool,
+        steps: int,
+        seconds: float | None,
+        progress: Progress,
+        before: Recovered | None = None,
+    ) -> Recovered:
+        """Distils float weights; ``before`` continues an earlier, shorter recovery."""
+        import time
+
+        started = time.monotonic()
+        module = GraphModule(graph, before.weights if before else weights)
+        add_norms(module, self.calibration, fresh=fresh and before is None)
+        rate = recipe.learning_rate * (FRESH_LEARNING_RATE if fresh else 1.0)
+        taken = 0
+        if steps:
+            taken = self._distill(module, recipe, steps, rate, seconds, progress)
+        fold_norms(module)
+        module.eval()
+        error = 1.0 - quality(self.task, module)
+        spent = time.monotonic() - started
+        return Recovered(
+            graph,
+            {name: value.contiguous() for name, value in module.weights().items()},
+            taken + (before.steps if before else 0),
+            spent + (before.seconds if before else 0.0),
+            error,
+        )
+
+    def to_formats(
+        self, recovered: Recovered, plan: CompressionPlan, *, steps: int, seconds: float | None, progress: Progress
+    ) -> tuple[CompressedModel, int]:
+        """Rounds recovered weights to a plan's formats, training with them simulated where 4-bit weights need it."""
+        recipe = plan.recipe
+        taken = 0
+
+        def train(module: GraphModule, scales: list[nn.Parameter]) -> None:
+            nonlocal taken
+            rate = recipe.learning_rate * QAT_LEARNING_RATE
+            taken = self._distill(module, recipe, steps, rate, seconds, progress, scales)
+
+        low_bits = any(storage_bits(plan, layer) < 8 for layer in recovered.graph.compressible)
+        compressed = quantize_aware(
+            recovered.graph, recovered.weights, plan, self.calibration, train if steps and low_bits else None
+        )
+        return compressed, taken
+
+    def _distill(
+        self,
+        module: GraphModule,
+        recipe: Recipe,
+        steps: int,
+        rate: float,
+        seconds: float | None,
+        progress: Progress,
+        scales: list[nn.Parameter] | None = None,
+    ) -> int:
+        sample = self.teacher.split.batch(slice(0, self.batch_size)).inputs[0]
+        return distill(
+            module,
+            self.teacher,
+            recipe,
+            steps=steps,
+            learning_rate=rate,
+            task_loss=self.task.loss,
+            generator=torch.Generator().manual_seed(self.seed),
+            extra_parameters=scales,
+            batch_size=self.batch_size,
+            seconds=seconds,
+            mixed_precision=mixed_precision_pays(module, sample),
+            progress=progress,
+        )
+
+
+def save_recovered(recovered: Recovered, path: Path) -> None:
+    """Keeps a recovery for a resumed run; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"steps": recovered.steps, "seconds": recovered.seconds, "error": recovered.error}
+    temporary = path.with_suffix(".part")
+    metadata = {"facts": json.dumps(facts), "graph": recovered.graph.model_dump_json()}
+    save_file(dict(recovered.weights), temporary, metadata)
+    temporary.replace(path)
+
+
+def load_recovered(path: Path) -> Recovered | None:
+    """Reads what ``save_recovered`` wrote; None where there is nothing usable."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            metadata = file.metadata()
+        facts = json.loads(metadata["facts"])
+        graph = ModelGraph.model_validate_json(metadata["graph"])
+        return Recovered(graph, load_file(path), facts["steps"], facts["seconds"], facts["error"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        logger.warning("%s is unreadable and will be made again (%s)", path, error)
+        return None

@@ -1,0 +1,68 @@
+"""Statistics of delivered models: intervals, paired drops, ties, and one number for a whole front."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from autocompress.front import drop_between, latency_of
+from autocompress.pareto import hypervolume
+from autocompress.plan import FrontPoint, Metric
+
+Scores = npt.NDArray[np.float64]
+Z95 = 1.959964
+
+DROP_SPAN, SPEED_SPAN, SHRINK_SPAN = 10.0, 3.0, 5.0
+"""The hypervolume's box: 10 points of quality, 8x faster, 32x smaller."""
+
+
+def interval(scores: Scores) -> tuple[float, float]:
+    """A 95% interval of the mean: Wilson's for fractions of right and wrong, else the normal one."""
+    n, mean = len(scores), float(scores.mean())
+    if np.isin(scores, (0.0, 1.0)).all():
+        centre = (mean + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+        half = Z95 / (1 + Z95**2 / n) * math.sqrt(mean * (1 - mean) / n + Z95**2 / (4 * n * n))
+        return max(0.0, centre - half), min(1.0, centre + half)
+    half = Z95 * float(scores.std()) / math.sqrt(n)
+    return mean - half, mean + half
+
+
+def paired_drop(reference: Scores, scores: Scores) -> tuple[float, float]:
+    """A 95% interval of the mean loss against the reference on the same samples."""
+    lost = reference - scores
+    half = Z95 * float(lost.std(ddof=1)) / math.sqrt(len(lost)) if len(lost) > 1 else 0.0
+    return float(lost.mean()) - half, float(lost.mean()) + half
+
+
+def ties(scores: Mapping[str, Scores]) -> dict[str, tuple[str, ...]]:
+    """For each point, those whose quality the validation samples cannot tell from its own."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, own in scores.items():
+        close = []
+        for other, theirs in scores.items():
+            low, high = paired_drop(own, theirs)
+            if other != name and low <= 0.0 <= high:
+                close.append(other)
+        found[name] = tuple(sorted(close))
+    return found
+
+
+def front_hypervolume(metric: Metric, reference: FrontPoint, points: Sequence[FrontPoint]) -> float:
+    """The share of the box (drop, log2 speed-up, log2 shrinkage) that a front dominates, 0 to 1.
+
+    Drops run from 0 to 10 points of validation quality, speed-ups to 8x, shrinkage to 32x.
+    """
+    base = latency_of(reference)
+    rows = []
+    for point in points:
+        latency = latency_of(point)
+        if not base or not latency:
+            continue
+        drop = max(0.0, drop_between(metric, reference, point, "validation")) / DROP_SPAN
+        speed = min(math.log2(base / latency) / SPEED_SPAN, 1.0)
+        shrink = min(math.log2(reference.size_bytes / point.size_bytes) / SHRINK_SPAN, 1.0)
+        rows.append([drop, 1.0 - speed, 1.0 - shrink])
+    return hypervolume(np.array(rows).reshape(-1, 3), [1.0, 1.0, 1.0])

@@ -1,0 +1,143 @@
+"""Plans to start from: uniform ones, and a front by dynamic programming over single-swap sensitivities (SPDY, 2201.13096)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from autocompress.plan import CompressionPlan, LayerPlan
+from autocompress.progress import Progress
+from autocompress.search.menu import Menu
+
+Array = npt.NDArray[np.float64]
+Pricer = Callable[[Sequence[CompressionPlan]], Array]
+"""Gives the cost of plans along one resource."""
+
+BINS = 400
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much worse the model gets when one knob alone takes an option: one array of divergences a knob."""
+
+    divergence: tuple[Array, ...]
+
+    def estimate(self, choices: Sequence[int]) -> float:
+        """The sum over knobs: near the truth while losses are small."""
+        return float(sum(row[choice] for row, choice in zip(self.divergence, choices, strict=True)))
+
+
+def measure_sensitivity(menu: Menu, judge: Callable[[CompressionPlan], float], progress: Progress) -> Sensitivity:
+    """Evaluates each width and each format of each knob on its own; an option counts as the sum of its two parts."""
+    dense = list(menu.uniform(1.0, "fp32", 32))
+    tasks = [(k, sorted({o.keep or 0 for o in knob.options}), _formats(knob.options)) for k, knob in enumerate(menu.knobs)]
+    progress.stage("sensitivity", sum(len(widths) + len(formats) for _, widths, formats in tasks))
+    rows = []
+    for index, widths, formats in tasks:
+        options = menu.knobs[index].options
+
+        def loss(keep: int, form: LayerPlan, index: int = index) -> float:
+            choice = next(i for i, o in enumerate(menu.knobs[index].options) if (o.keep or 0) == keep and o.format == form)
+            progress.advance()
+            if choice == dense[index]:
+                return 0.0
+            return judge(menu.plan([*dense[:index], choice, *dense[index + 1 :]]))
+
+        whole = options[dense[index]]
+        by_width = {keep: loss(keep, whole.format) for keep in widths}
+        by_format = {form: loss(whole.keep or 0, form) for form in formats}
+        rows.append(np.array([by_width[o.keep or 0] + by_format[o.format] for o in options]))
+    return Sensitivity(tuple(rows))
+
+
+def _formats(options: Sequence[object]) -> list[LayerPlan]:
+    return list(dict.fromkeys(o.format for o in options))  # type: ignore[attr-defined]
+
+
+def knapsack(losses: Sequence[Array], costs: Sequence[Array], budgets: Sequence[float]) -> list[tuple[int, ...]]:
+    """For each budget the choices of least total loss whose total cost does not exceed it, by dynamic programming.
+
+    Args:
+        losses: one array a knob, the loss of each option.
+        costs: the same shape, non-negative.
+        budgets: total costs allowed; the largest sets the resolution (1/400 of it).
+
+    Returns:
+        One tuple of option indices for each budget that can be met.
+
+    >>> knapsack([np.array([0.0, 1.0]), np.array([0.0, 5.0])], [np.array([2.0, 1.0]), np.array([2.0, 1.0])], [3.0])
+    [(1, 0)]
+    """
+    step = max(budgets) / BINS
+    # Costs are rounded up: a budget met on the grid is met in truth.
+    grid = [np.ceil(np.asarray(cost) / step - 1e-9).astype(int) for cost in costs]
+    best = np.zeros(BINS + 1)
+    picks: list[npt.NDArray[np.int64]] = []
+    for loss, cost in zip(losses, grid, strict=True):
+        table = np.full((len(loss), BINS + 1), np.inf)
+        for option, (value, bins) in enumerate(zip(loss, cost, strict=True)):
+            if bins <= BINS:
+                table[option, bins:] = best[: BINS + 1 - bins] + value
+        picks.append(table.argmin(axis=0))
+        best = table.min(axis=0)
+    found: list[tuple[int, ...]] = []
+    for budget in budgets:
+        place = int(budget / step + 1e-9)
+        if not np.isfinite(best[place]):
+            continue
+        choices = []
+        for pick, cost in zip(reversed(picks), reversed(grid), strict=True):
+            option = int(pick[place])
+            choices.append(option)
+            place -= int(cost[option])
+        found.append(tuple(reversed(choices)))
+    return found
+
+
+def dp_front(menu: Menu, sensitivity: Sensitivity, price: Pricer, count: int = 8) -> list[tuple[int, ...]]:
+    """Choices along one resource, from cheap to dear.
+
+    Costs are not additive (a layer's time depends on both its widths), so each option's cost is its marginal one,
+    taken about a middling plan and then again about the plan that was found.
+    """
+    found: dict[tuple[int, ...], None] = {}
+    middle = menu.uniform(0.5, "int8", 8)
+    for share in np.geomspace(0.06, 0.9, count):
+        centre = middle
+        for _ in range(2):
+            costs = _marginal_costs(menu, centre, price)
+            dense_total = sum(float(row.max()) for row in costs)
+            chosen = knapsack(sensitivity.divergence, costs, [dense_total * float(share)])
+            if not chosen:
+                break
+            centre = chosen[0]
+        else:
+            found[centre] = None
+    return list(found)
+
+
+def _marginal_costs(menu: Menu, centre: Sequence[int], price: Pricer) -> list[Array]:
+    plans, sizes = [], []
+    for index, knob in enumerate(menu.knobs):
+        plans += [menu.plan([*centre[:index], option, *centre[index + 1 :]]) for option in range(len(knob.options))]
+        sizes.append(len(knob.options))
+    prices = price(plans)
+    base = float(price([menu.plan(centre)])[0])
+    rows, start = [], 0
+    for size in sizes:
+        row = prices[start : start + size]
+        start += size
+        # Each knob carries its marginal saving and an equal share of what no knob accounts for.
+        rows.append(row - row.min())
+    rest = max(0.0, base - sum(float(row[c]) for row, c in zip(rows, centre, strict=True)))
+    return [row + rest / len(rows) for row in rows]
+
+
+def uniform_seeds(menu: Menu) -> Iterator[tuple[int, ...]]:
+    """Dense, uniform int8 and 4-bit, and uniform widths in each format."""
+    for share in (1.0, 0.75, 0.5, 0.375, 0.25):
+        for compute, bits in (("fp32", 32), ("int8", 8), ("int8", 4), ("fp32", 8), ("fp32", 4)):
+            yield menu.uniform(share, compute, bits)

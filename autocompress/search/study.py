@@ -1,0 +1,138 @@
+"""Optuna drives: one multi-objective study over the menu, its trials carrying their plans."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from autocompress.plan import CompressionPlan
+from autocompress.search.evaluate import Stitched
+from autocompress.search.menu import Menu
+
+logger = logging.getLogger(__name__)
+
+PLAN = "plan"
+ERROR = "stitched_error"
+SAME_AS = "same_as"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A trial that was evaluated: its plan, its divergence from the original, and its predicted costs."""
+
+    number: int
+    plan: CompressionPlan
+    divergence: float
+    error: float
+    costs: Mapping[str, float]
+
+
+class PlanStudy:
+    """A persistent study over plans.
+
+    Args:
+        storage: an Optuna storage URL.
+        menu: the knobs.
+        costs: cost objectives beside the divergence, in order.
+        limits: budgets by cost name.
+        seed: of the sampler.
+        population: of NSGA-II.
+    """
+
+    def __init__(
+        self, storage: str, menu: Menu, costs: Sequence[str], limits: Mapping[str, float], seed: int, population: int = 32
+    ) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.menu, self.costs, self.limits = menu, tuple(costs), dict(limits)
+        name = f"plans-{menu.digest}"
+        self.study = optuna.create_study(
+            storage=storage, study_name=name, load_if_exists=True, directions=["minimize"] * (1 + len(costs))
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self.study.set_metric_names(["divergence", *costs])
+        done = len(self.study.get_trials(deepcopy=False))
+        # A resumed sampler must not replay the random choices that the first one made.
+        self.study.sampler = optuna.samplers.NSGAIISampler(seed=seed + 7919 * done, population_size=population)
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            # Left behind by a killed process: nobody will finish it.
+            self.study.tell(trial.number, state=TrialState.FAIL)
+        self._known: dict[str, FrozenTrial] = {}
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            plan = CompressionPlan.model_validate_json(trial.user_attrs[PLAN])
+            self._known.setdefault(plan.structure_digest, trial)
+
+    def enqueue(self, seeds: Iterable[Sequence[int]]) -> None:
+        """Puts plans at the head of the queue, once each."""
+        for choices in seeds:
+            labels = {k.name: k.options[c].label for k, c in zip(self.menu.knobs, choices, strict=True)}
+            self.study.enqueue_trial(labels, skip_if_exists=True)
+
+    @property
+    def trials(self) -> int:
+        """Trials that have ended."""
+        ended = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+        return len(self.study.get_trials(deepcopy=False, states=ended))
+
+    def step(
+        self,
+        price: Callable[[CompressionPlan], Mapping[str, float]],
+        evaluate: Callable[[CompressionPlan], Stitched],
+    ) -> Scored | None:
+        """Runs one trial; None where it broke a budget or failed."""
+        trial = self.study.ask()
+        choices = []
+        for knob in self.menu.knobs:
+            labels = [option.label for option in knob.options]
+            choices.append(labels.index(trial.suggest_categorical(knob.name, labels)))
+        plan = self.menu.plan(choices)
+        trial.set_user_attr(PLAN, plan.model_dump_json())
+        started = time.monotonic()
+        costs = price(plan)
+        broken = False
+        for name, limit in self.limits.items():
+            excess = costs[name] / limit - 1.0
+            trial.set_constraint(name, excess)
+            broken = broken or excess > 0
+        if broken:
+            self.study.tell(trial, state=TrialState.PRUNED)
+            return None
+        known = self._known.get(plan.structure_digest)
+        try:
+            if known is not None:
+                result = Stitched(known.values[0], known.user_attrs[ERROR])
+                trial.set_user_attr(SAME_AS, known.number)
+            else:
+                result = evaluate(plan)
+        except (RuntimeError, ValueError, FloatingPointError, torch_error()) as error:
+            logger.warning("trial %d failed: %s", trial.number, error)
+            trial.set_user_attr("failure", f"{type(error).__name__}: {error}"[:500])
+            self.study.tell(trial, state=TrialState.FAIL)
+            return None
+        trial.set_user_attr(ERROR, result.error)
+        trial.set_user_attr("seconds", time.monotonic() - started)
+        told = self.study.tell(trial, [result.divergence, *(costs[name] for name in self.costs)])
+        self._known.setdefault(plan.structure_digest, told)
+        return Scored(trial.number, plan, result.divergence, result.error, costs)
+
+    def scored(self) -> list[Scored]:
+        """Every distinct plan that was evaluated and keeps the budgets."""
+        found = []
+        for trial in self._known.values():
+            plan = CompressionPlan.model_validate_json(trial.user_attrs[PLAN])
+            costs = dict(zip(self.costs, trial.values[1:], strict=True))
+            found.append(Scored(trial.number, plan, trial.values[0], trial.user_attrs[ERROR], costs))
+        return sorted(found, key=lambda s: s.number)
+
+
+def torch_error() -> type[Exception]:
+    """What torch.linalg raises for a singular layer."""
+    import torch
+
+    return torch.linalg.LinAlgError

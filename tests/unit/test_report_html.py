@@ -1,0 +1,193 @@
+"""The report: one page that needs nothing else, of complete, running, empty and unmeasured fronts."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from autocompress.front import load_front
+from autocompress.plan import CompressionPlan, LayerPlan, Student
+from autocompress.report import figures
+from autocompress.report.describe import describe_plan, highlights, verdict
+from autocompress.report.html import write_report
+from autocompress.report.space import SpaceSummary, read_space
+from autocompress.report.tables import read_rejected, read_trials, readable_points
+from tests.fixtures.runs import build_run, make_front
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_run(tmp_path_factory.mktemp("runs") / "demo")
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> str:
+    return write_report(run).read_text(encoding="utf-8")
+
+
+class _Links(HTMLParser):
+    """Collects what a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.scripts += tag == "script"
+        if tag in ("script", "img", "iframe", "source") and values.get("src"):
+            self.fetched.append(str(values["src"]))
+        if tag == "link" and values.get("href"):
+            self.fetched.append(str(values["href"]))
+
+
+def chart_data(page: str) -> dict[str, dict[str, object]]:
+    return json.loads(re.search(r'id="figures">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_the_page_fetches_nothing(page: str) -> None:
+    parser = _Links()
+    parser.feed(page)
+    assert parser.fetched == []
+    assert parser.scripts == 3
+
+
+def test_every_chart_the_buttons_ask_for_exists(page: str) -> None:
+    charts = chart_data(page)
+    assert {f"front-{axis}-{split}" for axis in ("latency", "size", "macs") for split in ("test", "validation")} <= set(
+        charts
+    )
+    assert {"decisions-keep", "decisions-bits", "decisions-compute", "prediction", "stages", "history"} <= set(charts)
+    assert set(re.findall(r'data-figure="([^"]+)"', page)) <= set(charts)
+
+
+def test_the_page_says_what_was_found(page: str, run: Path) -> None:
+    sentence, _ = verdict(load_front(run))
+    assert sentence in page
+    assert "within 1 point of the original" in sentence
+    for expected in ("AMD EPYC 9R14", "autocompress search config.yaml", "dominated as measured by p03", "p11"):
+        assert expected in page
+
+
+def test_names_cannot_inject(tmp_path: Path) -> None:
+    front = make_front(3).model_copy(update={"task": "<script>alert(1)</script>", "model": '"><img src=x>'})
+    page = write_report(build_run(tmp_path / "run", front)).read_text(encoding="utf-8")
+    assert "<script>alert(1)" not in page
+    assert "<img src=x>" not in page
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        make_front(0, status="running"),
+        make_front(1, status="running"),
+        make_front(4, measured=False),
+        make_front(30),
+    ],
+    ids=["empty", "one", "unmeasured", "many"],
+)
+def test_any_front_renders_without_the_other_files(tmp_path: Path, front) -> None:
+    page = write_report(build_run(tmp_path / "run", front, extras=False)).read_text(encoding="utf-8")
+    assert ("still running" in page) == (front.status == "running")
+    assert ("the target was not present" in page) == (not front.verified)
+
+
+def test_files_cut_off_in_mid_write_are_left_out(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    for name in ("space.json", "environment.json", "trials.csv", "rejected.csv"):
+        (run / name).write_text('{"a": [' if name.endswith("json") else "")
+    assert write_report(run).is_file()
+
+
+def test_verdict_without_a_point_that_is_close(tmp_path: Path) -> None:
+    front = make_front(12)
+    front = front.model_copy(update={"points": front.points[-2:]})
+    sentence, _ = verdict(load_front(build_run(tmp_path / "run", front)))
+    assert sentence.startswith("9.")
+    assert "points against the original" in sentence
+
+
+def test_each_highlighted_point_is_named_once(run: Path) -> None:
+    named = [item.point.id for item in highlights(load_front(run))]
+    assert len(named) == len(set(named))
+    assert "p11" in named
+
+
+def test_a_plan_in_words() -> None:
+    space = SpaceSummary(("a", "b"), {"a": 16, "b": 48})
+    assert describe_plan(CompressionPlan(), space) == "all channels, fp32"
+    plan = CompressionPlan(
+        base=Student(width=0.5),
+        groups={"a": 8, "b": 24},
+        layers={
+            "a": LayerPlan.model_validate({"compute": "int8", "storage": {"bits": 4}}),
+            "b": LayerPlan.model_validate({"compute": "int8", "storage": {"bits": 8}}),
+        },
+    )
+    assert describe_plan(plan, space) == "0.5x student (inherited), 50% of channels, all int8, 4-bit weights in 1"
+
+
+def test_a_student_keeps_its_share_of_the_groups_it_does_not_mention() -> None:
+    space = SpaceSummary((), {"a": 16})
+    assert space.keep_ratio(CompressionPlan(base=Student(width=0.25)), "a") == 0.25
+    assert space.keep_ratio(CompressionPlan(), "a") == 1.0
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"layers": ["a", "b"], "groups": {"g": 8}},
+        {"layers": [{"name": "a"}, {"name": "b"}], "groups": [{"id": "g", "size": 8}]},
+        {"graph": {"layers": [{"name": "a"}, {"name": "b"}], "groups": {"g": {"size": 8}}}},
+    ],
+)
+def test_shapes_of_space_json(tmp_path: Path, stored: dict[str, object]) -> None:
+    (tmp_path / "space.json").write_text(json.dumps(stored))
+    assert read_space(tmp_path / "space.json", []) == SpaceSummary(("a", "b"), {"g": 8})
+
+
+def test_without_space_json_the_largest_count_is_the_size(tmp_path: Path) -> None:
+    plans = [CompressionPlan(groups={"g": 4}), CompressionPlan(groups={"g": 16}, layers={"a": LayerPlan()})]
+    assert read_space(tmp_path / "absent.json", plans) == SpaceSummary(("a",), {"g": 16})
+
+
+def test_optunas_columns_are_read(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {
+            "number": [0, 1, 2],
+            "state": ["COMPLETE", "PRUNED", "COMPLETE"],
+            "values_error": [0.1, 0.2, float("inf")],
+            "values_latency_ms": [1.0, 2.0, 3.0],
+        }
+    )
+    frame.to_csv(tmp_path / "trials.csv", index=False)
+    trials = read_trials(tmp_path, ("error", "latency_ms"))
+    assert trials.to_dict("list") == {"error": [0.1], "latency_ms": [1.0]}
+    assert read_trials(tmp_path, ("error", "size_bytes")).empty
+    assert read_rejected(tmp_path).empty
+
+
+def test_the_table_has_the_original_first(run: Path) -> None:
+    front = load_front(run)
+    table = readable_points(front, SpaceSummary((), {}))
+    assert list(table["kind"][:3]) == ["reference", "baseline", "point"]
+    assert table.loc["reference", "how"] == "the original"
+    assert table.loc["int8", "faster"] == "2.1x"
+
+
+def test_prediction_error_is_relative_to_the_measurement(run: Path) -> None:
+    mean, worst = figures.prediction_error(load_front(run))
+    assert 0 < mean < worst < 0.06
+
+
+def test_the_line_joins_the_best_on_the_two_axes(run: Path) -> None:
+    front = load_front(run)
+    line = figures.front_figure(front, SpaceSummary((), {}), split="validation").data[0]
+    assert list(line.x) == sorted(line.x)
+    assert list(line.y) == sorted(line.y, reverse=True)
