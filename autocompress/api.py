@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autocompress.config import RunConfig
 from autocompress.errors import UsageError
@@ -18,9 +18,15 @@ from autocompress.front import LoadedFront, load_front, load_point
 from autocompress.progress import Progress, SilentProgress
 from autocompress.rundir import open_run_directory
 
+if TYPE_CHECKING:
+    from autocompress.tasks.base import Task
+
 __all__ = ["load_front", "load_point", "report", "search", "verify"]
 
 logger = logging.getLogger(__name__)
+
+MORE_S = 15.0
+"""A finished run goes on when resumed with at least this many seconds more."""
 
 PACKAGES = ("torch", "torchvision", "onnxruntime", "onnx", "optuna", "torch-pruning", "fvcore", "numpy")
 
@@ -53,7 +59,8 @@ def search(config: RunConfig | None = None, *, progress: Progress | None = None,
     from autocompress.search.files import Clock
 
     clock = Clock(run / ".work" / "spent.json", config.time_budget)
-    clock.exclude(0.0)
+    if resumed and _is_finished(run, config, clock.left):
+        return load_front(run)
     with _log_to(run / "log.jsonl"):
         logger.info("%s %s", "resumed" if resumed else "started", run)
         from autocompress.search.engine import Engine
@@ -75,18 +82,51 @@ def search(config: RunConfig | None = None, *, progress: Progress | None = None,
     return load_front(run)
 
 
+def _is_finished(run: Path, config: RunConfig, left_s: float) -> bool:
+    """Whether a run ended and there is no more time to spend on it."""
+    if not (run / "front.json").is_file() or load_front(run).front.status != "complete":
+        return False
+    return config.time_budget is None or left_s < MORE_S
+
+
+def dry_run(config: RunConfig, *, progress: Progress | None = None) -> dict[str, Any]:
+    """What a search would choose from and what the corners of its space are predicted to cost; nothing is written."""
+    prepared = _prepare(config, progress or SilentProgress())
+    from autocompress.search.preview import preview
+
+    return preview(config, prepared.space, prepared.task, prepared.profile)
+
+
 class _Prepared:
     def __init__(self, config: RunConfig, progress: Progress) -> None:
         from autocompress.hardware.profile import load_hardware
         from autocompress.spaces import load_space
-        from autocompress.tasks import load_task
 
         _check_supported(config)
         self.space = load_space(config.space)
-        self.task = load_task(
-            config.task, config.model, weights=config.weights, data=config.data, progress=progress
-        )
+        self.task = task_of(config, progress)
         self.profile = load_hardware(config.hardware, config.threads, config.batch, progress=progress)
+
+
+def task_of(config: RunConfig, progress: Progress) -> Task:
+    """The task that a configuration names; what is wrong with it is said with the flag or file it came from."""
+    from autocompress.tasks import load_task
+
+    statistics = None
+    if config.normalisation is not None:
+        from autocompress.tasks.splits import Normalisation
+
+        statistics = Normalisation(config.normalisation.mean, config.normalisation.std)
+    with config.citing("task", "model", "weights", "data"):
+        return load_task(
+            config.task,
+            config.model,
+            weights=config.weights,
+            data=config.data,
+            progress=progress,
+            input_size=config.input_size,
+            normalisation=statistics,
+        )
 
 
 def _prepare(config: RunConfig, progress: Progress) -> _Prepared:
@@ -115,7 +155,9 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> list[Any]:
     """Measures delivered models again, from outside: see :mod:`autocompress.verification`."""
     from autocompress.verification import verify_path
 
-    return verify_path(Path(path), progress or SilentProgress())
+    return verify_path(
+        Path(path), lambda config: task_of(config, progress or SilentProgress()), progress or SilentProgress()
+    )
 
 
 def _write_environment(run: Path) -> None:
@@ -144,7 +186,16 @@ def _write_manifest(run: Path) -> None:
 
     from autocompress.search.files import write_text
 
-    names = ["config.yaml", "space.json", "profile.yaml", "environment.json", "front.json", "front.csv", "rejected.csv"]
+    names = [
+        "config.yaml",
+        "space.json",
+        "trials.csv",
+        "profile.yaml",
+        "environment.json",
+        "front.json",
+        "front.csv",
+        "rejected.csv",
+    ]
     files = [run / name for name in names] + sorted((run / "models").glob("*/*"))
     digests = {str(f.relative_to(run)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
     write_text(run / "manifest.json", json.dumps(digests, indent=1))
@@ -152,7 +203,10 @@ def _write_manifest(run: Path) -> None:
 
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        row = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)), "level": record.levelname.lower()}
+        row = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
+        }
         return json.dumps({**row, "logger": record.name, "message": record.getMessage()})
 
 

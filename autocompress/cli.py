@@ -21,7 +21,7 @@ from autocompress.errors import AutocompressError, InfeasibleError, UsageError, 
 from autocompress.version import __version__
 
 if TYPE_CHECKING:
-    from autocompress.front import Preference
+    from autocompress.front import LoadedFront, Preference
 
 INTERRUPTED = 130
 CHECKS_FAILED = 1
@@ -139,7 +139,7 @@ def search(
     """
     given = {key: value for key, value in locals().items() if key in RunConfig.model_fields}
     config = load_config(config_file, {**given, "resume": resume or None, "dry_run": dry_run or None})
-    from autocompress.terminal import front_table, showing_progress
+    from autocompress.terminal import showing_progress
 
     if config.dry_run:
         _dry_run(config, as_json=as_json, quiet=quiet)
@@ -171,7 +171,7 @@ def search(
     elif quiet:
         typer.echo(str(directory))
     else:
-        _console().print(front_table(front))
+        _show_front(front)
         _console().print(f"\nreport: {directory / 'report.html'}", highlight=False, soft_wrap=True)
 
 
@@ -189,13 +189,12 @@ def _dry_run(config: RunConfig, *, as_json: bool, quiet: bool) -> None:
 def show(run: Run, as_json: AsJson = False) -> None:
     """Show the front of a run as a table."""
     from autocompress.front import load_front
-    from autocompress.terminal import front_table
 
     front = load_front(run)
     if as_json:
         typer.echo(front.front.model_dump_json(by_alias=True, indent=1))
     else:
-        _console().print(front_table(front))
+        _show_front(front)
 
 
 @app.command()
@@ -380,6 +379,13 @@ def _console(*, error: bool = False) -> Console:
     # A pipe has no width: rich would take 80 columns and fold the tables that are read by other programs.
     console = Console(stderr=error, soft_wrap=False)
     return console if console.is_terminal else Console(stderr=error, width=200)
+
+
+def _show_front(front: LoadedFront) -> None:
+    from autocompress.terminal import front_table
+
+    console = _console()
+    console.print(front_table(front, console.width))
 
 
 def _say_error(error: AutocompressError) -> None:

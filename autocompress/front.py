@@ -175,8 +175,8 @@ class LoadedFront:
     ) -> Point:
         """The point to take under these budgets.
 
-        Without ``prefer``, a budget on the drop asks for the cheapest point (the geometric mean of latency and size)
-        that keeps it, and any other for the most accurate one.  Budgets hold on measured costs, where the target was
+        Without ``prefer``, a budget on the drop asks for the point that keeps it with the largest :meth:`gain`, and
+        any other for the most accurate one.  Budgets hold on measured costs, where the target was
         measured, else on the upper end of the prediction; the drop is in points of validation quality.
 
         Raises:
@@ -199,8 +199,28 @@ class LoadedFront:
         if not fitting:
             nearest = min(self.points, key=lambda point: sum(_excess(point, given).values()))
             raise InfeasibleError(_nearest_message(nearest, given), nearest.info)
-        key = _PREFERENCE_KEYS[prefer or ("balance" if max_drop is not None else "quality")]
-        return min(fitting, key=lambda point: (*key(point), point.id))
+        wanted = prefer or ("balance" if max_drop is not None else "quality")
+        return min(fitting, key=lambda point: (*self._rank(point, wanted), point.id))
+
+    def gain(self, point: Point) -> float:
+        """How far a point goes in speed and size together: 1 for each where no point of the front goes further.
+
+        Each counts by its logarithm as a share of the front's best, so that a large gain in one cannot hide the
+        lack of the other.
+        """
+        return _share(point.speedup, (p.speedup for p in self.points)) + _share(
+            point.shrink, (p.shrink for p in self.points)
+        )
+
+    def _rank(self, point: Point, prefer: Preference) -> tuple[float, ...]:
+        latency = math.inf if point.latency_ms is None else point.latency_ms
+        error = error_of(point.metric, point.validation)
+        return {
+            "quality": (error, -self.gain(point)),
+            "latency": (latency, point.size_bytes),
+            "size": (point.size_bytes, latency),
+            "balance": (-self.gain(point), error),
+        }[prefer]
 
     def knee(self) -> Point:
         """The point of the best trade-off: nearest to the ideal corner once every objective spans 0 to 1.
@@ -345,29 +365,10 @@ def points_frame(points: Iterable[Point]) -> pd.DataFrame:
 # --------------------------------------------------------------------------------------------------------- helpers
 
 
-def _balance(point: Point) -> tuple[float, ...]:
-    costs = [cost for cost in (point.latency_ms, float(point.size_bytes)) if cost]
-    return (math.prod(costs) ** (1 / len(costs)) if costs else math.inf,)
-
-
-def _latency(point: Point) -> tuple[float, ...]:
-    return (math.inf if point.latency_ms is None else point.latency_ms, float(point.size_bytes))
-
-
-def _size(point: Point) -> tuple[float, ...]:
-    return (float(point.size_bytes), math.inf if point.latency_ms is None else point.latency_ms)
-
-
-def _quality(point: Point) -> tuple[float, ...]:
-    return (error_of(point.metric, point.validation), *_balance(point))
-
-
-_PREFERENCE_KEYS: dict[Preference, Callable[[Point], tuple[float, ...]]] = {
-    "quality": _quality,
-    "latency": _latency,
-    "size": _size,
-    "balance": _balance,
-}
+def _share(ratio: float | None, every: Iterable[float | None]) -> float:
+    """``log ratio`` as a share of the largest: 1 for the best, negative where the original is better."""
+    best = max((math.log(other) for other in every if other), default=0.0)
+    return math.log(ratio) / best if ratio and best > 0 else 0.0
 
 
 def _held(point: Point, name: str) -> float | None:

@@ -58,7 +58,9 @@ def import_object(reference: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and not module_name.startswith(error.name):
             raise
-        raise UsageError(f"no module named {module_name!r} (from {reference!r}); is its folder on PYTHONPATH?") from error
+        raise UsageError(
+            f"no module named {module_name!r} (from {reference!r}); is its folder on PYTHONPATH?"
+        ) from error
     try:
         return getattr(module, attribute)
     except AttributeError as error:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -23,26 +23,40 @@ from autocompress.report.space import read_space
 from autocompress.report.tables import readable_points
 from autocompress.units import format_bytes, format_duration, format_ms
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 PLAIN_INTERVAL_S = 15.0
 """How often a stage reports itself where there is no terminal."""
 
 SHOWN_WHILE_RUNNING = 6
 
+WIDE = 125
+"""Columns from which on a front fits into one table."""
 
-def front_table(front: LoadedFront) -> RenderableType:
-    """The points of a front with their intervals and gains, under a line that sums it up."""
+
+def front_table(front: LoadedFront, width: int) -> RenderableType:
+    """The points of a front with their intervals and gains, under a line that sums it up.
+
+    Where ``width`` columns are too few for one table, what each point does follows in a second one.
+    """
     every = (front.reference, *front.baselines, *front.points)
-    space = read_space(front.path / "space.json", [point.plan for point in every])
-    metric = front.front.metric
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("id", no_wrap=True)
-    for heading in (f"test {metric.name}", "95% interval", "change", "latency", "faster", "size", "smaller"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("how", style="dim")
-    for name, row in readable_points(front, space).iterrows():
-        style = None if row["kind"] == "point" else "yellow"
-        keys = ("test", "interval", "drop", "latency", "faster", "size", "smaller", "how")
-        table.add_row(str(name), *(str(row[key]) for key in keys), style=style)
+    rows = readable_points(front, read_space(front.path / "space.json", [point.plan for point in every]))
+    headings = {
+        "test": f"test {front.front.metric.name}",
+        "interval": "95% interval",
+        "drop": "change",
+        "latency": "latency",
+        "faster": "faster",
+        "size": "size",
+        "smaller": "smaller",
+        "how": "how",
+    }
+    wide = width >= WIDE
+    numbers = [key for key in headings if wide or key not in ("interval", "how")]
+    tables: list[RenderableType] = [_table(rows, {key: headings[key] for key in numbers})]
+    if not wide:
+        tables += [Text(""), _table(rows, {"how": "how"})]
     sentence, basis = verdict(front)
     target = front.front.target
     state = "" if front.front.status == "complete" else ", still running"
@@ -50,7 +64,21 @@ def front_table(front: LoadedFront) -> RenderableType:
         f"{front.front.model} on {front.front.task}, {target.runtime} {target.version} on {target.hardware}, "
         f"{target.threads} thread{'s' if target.threads > 1 else ''}, batch {target.batch}{state}"
     )
-    return Group(Text(heading, style="dim"), Text(sentence, style="bold"), Text(basis), Text(""), table)
+    return Group(Text(heading, style="dim"), Text(sentence, style="bold"), Text(basis), Text(""), *tables)
+
+
+def _table(rows: pd.DataFrame, headings: Mapping[str, str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("id", no_wrap=True)
+    for key, heading in headings.items():
+        if key == "how":
+            table.add_column(heading, style="dim")
+        else:
+            table.add_column(Text(heading), justify="right", no_wrap=True)
+    for name, row in rows.iterrows():
+        style = None if row["kind"] == "point" else "yellow"
+        table.add_row(str(name), *(str(row[key]) for key in headings), style=style)
+    return table
 
 
 @contextmanager

@@ -40,7 +40,9 @@ def find_groups(
     groups: list[Group] = []
     order = {layer.name: position for position, layer in enumerate(graph.layers)}
     by_path = {layer.module_path: layer for layer in graph.compressible if layer.module_path}
-    shared = {other for layer in graph.layers for other in (*layer.shared_with, *((layer.name,) if layer.shared_with else ()))}
+    shared = {
+        other for layer in graph.layers for other in (*layer.shared_with, *((layer.name,) if layer.shared_with else ()))
+    }
     try:
         with _time_limit(TIME_LIMIT_S):
             raw = list(_dependency_groups(module, example_inputs))
@@ -202,7 +204,7 @@ def _prove(
 ) -> Group:
     """Takes one channel away, runs the graph, and notes which activations shrank and where."""
     from autocompress.graph.read import trace_shapes
-    from autocompress.methods.pruning import rewrite, slice_weights
+    from autocompress.graph.rewrite import rewrite, slice_weights
 
     kept = {group.id: torch.arange(group.size - 1)}
     trial = graph.model_copy(update={"groups": (group,)})
@@ -210,7 +212,9 @@ def _prove(
         smaller = rewrite(trial, {group.id: group.size - 1})
         shapes = trace_shapes(smaller, slice_weights(trial, weights, kept), example_inputs)
     except Exception as error:
-        raise _Unsupported(f"the model does not run without one of them ({str(error).splitlines()[0][:100]})") from error
+        raise _Unsupported(
+            f"the model does not run without one of them ({str(error).splitlines()[0][:100]})"
+        ) from error
     members = list(group.members)
     for name, (shape, _) in shapes.items():
         before = graph.tensors[name].shape
@@ -222,7 +226,5 @@ def _prove(
         if len(changed) != 1:
             raise _Unsupported(f"the activation {name} changes along {len(changed)} axes")
         axis = changed[0]
-        members.append(
-            Member(tensor=name, axis=axis, role="activation", repeat=before[axis] - shape[axis])
-        )
+        members.append(Member(tensor=name, axis=axis, role="activation", repeat=before[axis] - shape[axis]))
     return group.model_copy(update={"members": tuple(members)})

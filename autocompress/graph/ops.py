@@ -65,7 +65,9 @@ def _padded(x: torch.Tensor, attributes: Attributes, dims: int, value: float = 0
 
 
 @operator("Conv")
-def _conv(attributes: Attributes, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _conv(
+    attributes: Attributes, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     dims = weight.dim() - 2
     x, padding = _padded(x, attributes, dims)
     strides = _ints(attributes.get("strides", (1,) * dims))  # type: ignore[arg-type]
@@ -87,7 +89,12 @@ def _gemm(attributes: Attributes, a: torch.Tensor, b: torch.Tensor, c: torch.Ten
 
 @operator("BatchNormalization")
 def _batch_norm(
-    attributes: Attributes, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, var: torch.Tensor
+    attributes: Attributes,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
 ) -> torch.Tensor:
     return F.batch_norm(x, mean, var, scale, bias, eps=float(attributes.get("epsilon", 1e-5)))  # type: ignore[arg-type]
 
@@ -101,7 +108,9 @@ def _layer_norm(
 
 
 @operator("Clip")
-def _clip(attributes: Attributes, x: torch.Tensor, low: torch.Tensor | None = None, high: torch.Tensor | None = None) -> torch.Tensor:
+def _clip(
+    attributes: Attributes, x: torch.Tensor, low: torch.Tensor | None = None, high: torch.Tensor | None = None
+) -> torch.Tensor:
     return torch.clamp(x, None if low is None else float(low), None if high is None else float(high))
 
 
@@ -277,4 +286,8 @@ def _pad(
         place = 2 * (x.dim() - 1 - axis % x.dim())
         flat[place], flat[place + 1] = amounts[position], amounts[half + position]
     mode = str(attributes.get("mode", "constant"))
-    return F.pad(x, flat, value=0.0 if value is None else float(value)) if mode == "constant" else F.pad(x, flat, mode=mode)
+    return (
+        F.pad(x, flat, value=0.0 if value is None else float(value))
+        if mode == "constant"
+        else F.pad(x, flat, mode=mode)
+    )

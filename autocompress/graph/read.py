@@ -43,7 +43,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def read_model(module: nn.Module, example_inputs: tuple[torch.Tensor, ...]) -> tuple[ModelGraph, dict[str, torch.Tensor]]:
+def read_model(
+    module: nn.Module, example_inputs: tuple[torch.Tensor, ...]
+) -> tuple[ModelGraph, dict[str, torch.Tensor]]:
     """Reads a model as the runtime will see it.
 
     Args:
@@ -201,9 +203,7 @@ def _normalise(
             bias = weight.removesuffix("weight") + "bias" if weight.endswith("weight") else weight + ".bias"
             axis = 0 if layer.op == "Conv" or layer.attributes.get("transB") else 1
             weights[bias] = torch.zeros(weights[weight].shape[axis])
-            layer = layer.model_copy(
-                update={"inputs": (*layer.inputs[:2], bias), "weights": (*layer.weights, bias)}
-            )
+            layer = layer.model_copy(update={"inputs": (*layer.inputs[:2], bias), "weights": (*layer.weights, bias)})
         defaults = _DEFAULTS.get(layer.op, {})
         attributes = {k: v for k, v in layer.attributes.items() if k not in defaults or defaults[k] != v}
         if layer.op == "Conv":
@@ -258,9 +258,7 @@ def _shapes(
     }
     graph = ModelGraph(layers=tuple(layers), tensors=tensors, inputs=inputs, outputs=outputs)
     activations = trace_shapes(graph, weights, example_inputs)
-    return tensors | {
-        name: Tensor(id=name, shape=shape, dtype=dtype) for name, (shape, dtype) in activations.items()
-    }
+    return tensors | {name: Tensor(id=name, shape=shape, dtype=dtype) for name, (shape, dtype) in activations.items()}
 
 
 def trace_shapes(

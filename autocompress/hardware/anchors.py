@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from autocompress.graph.rewrite import rewrite
 from autocompress.hardware.synthetic import INT8, random_weights, with_ranges
-from autocompress.methods.pruning import rewrite
 from autocompress.methods.quantization import activation_formats
 from autocompress.plan import CompressionPlan, Group, LayerPlan, ModelGraph
 from autocompress.progress import Progress

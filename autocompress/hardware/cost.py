@@ -15,7 +15,16 @@ import numpy as np
 from autocompress.errors import UsageError, unknown_name
 from autocompress.hardware.calibration import Calibration, fit_calibration
 from autocompress.hardware.footprint import ActivationMemory, multiply_accumulates, size_counts, stored_bytes
-from autocompress.hardware.kernels import FAMILIES, KINDS, SUBSTITUTES, Number, Work, cost_us
+from autocompress.hardware.kernels import (
+    FAMILIES,
+    KINDS,
+    MEMORY,
+    SUBSTITUTES,
+    Number,
+    Work,
+    cold_megabytes,
+    cost_us,
+)  # fmt: skip
 from autocompress.hardware.lowering import ELEMENTWISE, POOLS, VIEWS, Lowering, Mask, make_steps, quantized_tensors
 from autocompress.hardware.profile import HardwareProfile, KernelCost
 from autocompress.methods.quantization import FOLLOWERS
@@ -44,6 +53,7 @@ FORMATS = (
 
 _MODELLED = ELEMENTWISE | VIEWS | POOLS | FOLLOWERS | {"Conv", "Gemm", "MatMul"}
 _DEFAULT_BAND = 0.15
+_WITH_WEIGHTS = ("fp32", "int8")
 
 
 @dataclass(frozen=True)
@@ -189,7 +199,7 @@ class Skeleton:
         """One plan in detail: bounds, milliseconds by layer, and what of it the profile has never measured.
 
         ``per_kernel`` holds a layer's kernels under its name, and quantizing, dequantizing and reordering a tensor
-        under ``edge:<tensor>``; with ``overhead`` they add up to the latency.
+        under ``edge:<tensor>``; with ``cold weights`` and ``overhead`` they add up to the latency.
         """
         keeps, formats = self.encode([plan])
         lines: list[tuple[str, str, float, bool]] = []
@@ -214,6 +224,9 @@ class Skeleton:
             if layer.op not in _MODELLED:
                 unmodelled.setdefault(f"{layer.name} ({layer.op})")
         latency = float(table.latency_ms[0])
+        memory = float(terms.family_us[0, FAMILIES.index(MEMORY)]) * fit.scales[FAMILIES.index(MEMORY)]
+        if memory:
+            per_kernel["cold weights"] = memory * 1e-3
         per_kernel["overhead"] = latency - sum(per_kernel.values())
         spread = fit.band if not unmodelled else max(fit.band, 2 * _DEFAULT_BAND)
         return Estimate(
@@ -290,6 +303,7 @@ class Skeleton:
         held = quantized_tensors(self.graph, self._steps, int8, count)
         family_us = np.zeros((len(FAMILIES), count))
         kernels = np.zeros(count)
+        weight_bytes = np.zeros(count)
 
         def emit(label: str, kind: str, work: Work, mask: Mask, whole: bool) -> None:
             if not mask.any():
@@ -299,12 +313,16 @@ class Skeleton:
             family_us[FAMILIES.index(KINDS[kind])] += np.where(mask, microseconds, 0.0)
             if whole:
                 kernels[mask] += 1
+                if KINDS[kind] in _WITH_WEIGHTS:
+                    weight_bytes[:] += np.where(mask, work.weight_bytes, 0.0)
             if record is not None:
                 record(label, kind, work, mask, whole)
 
         Lowering(
             self.graph, self._steps, dims, int8, held, count, self.profile.nchwc_block, self.profile.batch, emit
         ).run()
+        end = self.profile.end_to_end
+        family_us[FAMILIES.index(MEMORY)] = end.per_cold_mb_us * cold_megabytes(weight_bytes, end.cache_mb)
         stored = stored_bytes(self.graph, dims, formats, self._layer_column, self._formats)
         counts = size_counts(formats, self._formats, held)
         peak = self._memory.peak_bytes(dims, held, count, self.profile.batch)

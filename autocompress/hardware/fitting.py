@@ -14,10 +14,14 @@ import numpy as np
 from scipy.optimize import nnls
 from scipy.stats import kendalltau
 
-from autocompress.hardware.kernels import FAMILIES, FEATURES, KINDS, cost_us, feature_row
+from autocompress.hardware.kernels import FAMILIES, FEATURES, KINDS, MEMORY, cold_megabytes, cost_us, feature_row
 from autocompress.hardware.profile import EndToEnd, HoldOut, KernelCost
 from autocompress.hardware.reading import TimedKernel
 
+CACHES_MB = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""How much of a model's weights may stay cached between two runs; the level that matters shows only in the times."""
+
+_FAMILY_COLUMNS = tuple(family for family in FAMILIES if family != MEMORY)
 _KERNEL_NOISE = 0.08
 _KERNEL_NOISE_US = 0.25
 _RUN_NOISE = 0.015
@@ -35,6 +39,11 @@ class MeasuredModel:
     kernels: Sequence[TimedKernel]
     latency_us: float
 
+    @property
+    def weight_bytes(self) -> float:
+        """All weights of the model, as its kernels store them."""
+        return float(sum(kernel.work.weight_bytes for kernel in self.kernels))
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -42,20 +51,30 @@ class Fit:
 
     kernels: dict[str, KernelCost]
     end_to_end: EndToEnd
+    residual: float
 
     def latency_us(self, model: MeasuredModel) -> float:
         """What the fit predicts for a model whose kernels are known."""
         known = [k for k in model.kernels if k.kind in self.kernels]
-        return self.end_to_end.per_run_us + sum(float(cost_us(self.kernels[k.kind].coefficients, k.work)) for k in known)
+        total = sum(float(cost_us(self.kernels[k.kind].coefficients, k.work)) for k in known)
+        cold = float(cold_megabytes(model.weight_bytes, self.end_to_end.cache_mb))
+        return self.end_to_end.per_run_us + self.end_to_end.per_cold_mb_us * cold + total
 
 
-def fit_kernels(models: Sequence[MeasuredModel]) -> Fit:
-    """Solves for the coefficients of every kernel class that occurs, all of them non-negative."""
+def fit_kernels(models: Sequence[MeasuredModel], cache_mb: float | None = None) -> Fit:
+    """Solves for the coefficients of every kernel class that occurs, all of them non-negative.
+
+    Args:
+        models: what was measured.
+        cache_mb: weights beyond this in all cost extra; whichever of ``CACHES_MB`` fits best where none is given.
+    """
+    if cache_mb is None:
+        return min((fit_kernels(models, cache) for cache in CACHES_MB), key=lambda fit: fit.residual)
     kinds = sorted({kernel.kind for model in models for kernel in model.kernels})
     width = len(FEATURES)
     place = {kind: index * width for index, kind in enumerate(kinds)}
     timing = len(kinds) * width
-    columns = timing + len(FAMILIES) + 1
+    columns = timing + len(_FAMILY_COLUMNS) + 2
     rows: list[np.ndarray] = []
     targets: list[float] = []
 
@@ -65,17 +84,20 @@ def fit_kernels(models: Sequence[MeasuredModel]) -> Fit:
 
     for model in models:
         total = np.zeros(columns)
+        weights = model.weight_bytes
+        cold = float(cold_megabytes(weights, cache_mb))
         for kernel in model.kernels:
             row = np.zeros(columns)
             start = place[kernel.kind]
             row[start : start + width] = feature_row(kernel.work)
             total += row
-            row[timing + FAMILIES.index(KINDS[kernel.kind])] = 1.0
+            row[-2] = cold * float(kernel.work.weight_bytes) / weights if weights else 0.0
+            row[timing + _FAMILY_COLUMNS.index(KINDS[kernel.kind])] = 1.0
             net = max(kernel.microseconds - _TIMING_US, _KERNEL_NOISE_US)
             append(row, kernel.microseconds, _KERNEL_NOISE * net + _KERNEL_NOISE_US)
-        total[-1] = 1.0
+        total[-2], total[-1] = cold, 1.0
         append(total, model.latency_us, _RUN_NOISE * model.latency_us)
-    for family in range(len(FAMILIES)):
+    for family in range(len(_FAMILY_COLUMNS)):
         row = np.zeros(columns)
         row[timing + family] = 1.0
         append(row, _TIMING_US, _TIMING_SPREAD_US)
@@ -85,11 +107,12 @@ def fit_kernels(models: Sequence[MeasuredModel]) -> Fit:
 
     left, right = np.array(rows), np.array(targets)
     scale = np.maximum(np.abs(left).max(axis=0), 1e-12)
-    solution = nnls(left / scale, right, maxiter=100 * columns)[0] / scale
+    scaled, residual = nnls(left / scale, right, maxiter=100 * columns)
+    solution = scaled / scale
     kernels = {}
     for kind in kinds:
         cost = KernelCost.of([float(c) for c in solution[place[kind] : place[kind] + width]])
-        overhead = float(solution[timing + FAMILIES.index(KINDS[kind])])
+        overhead = float(solution[timing + _FAMILY_COLUMNS.index(KINDS[kind])])
         errors = [
             abs(float(cost_us(cost.coefficients, k.work)) + overhead - k.microseconds) / k.microseconds
             for m in models
@@ -97,15 +120,20 @@ def fit_kernels(models: Sequence[MeasuredModel]) -> Fit:
             if k.kind == kind
         ]
         kernels[kind] = cost.model_copy(update={"samples": len(errors), "mape": round(float(np.mean(errors)), 4)})
-    return Fit(kernels, EndToEnd(per_run_us=float(f"{solution[-1]:.5g}")))
+    end = EndToEnd(
+        per_run_us=float(f"{solution[-1]:.5g}"),
+        per_cold_mb_us=float(f"{solution[-2]:.5g}"),
+        cache_mb=round(cache_mb, 4),
+    )
+    return Fit(kernels, end, float(residual))
 
 
-def hold_out(models: Sequence[MeasuredModel], folds: int = 5) -> HoldOut:
+def hold_out(models: Sequence[MeasuredModel], cache_mb: float | None = None, folds: int = 5) -> HoldOut:
     """Errors on models left out of the fit in turn: the kernels of each are known, their costs are not."""
     measured = np.array([model.latency_us for model in models])
     predicted = np.zeros(len(models))
     for fold in range(folds):
-        fit = fit_kernels([model for index, model in enumerate(models) if index % folds != fold])
+        fit = fit_kernels([model for index, model in enumerate(models) if index % folds != fold], cache_mb)
         for index in range(fold, len(models), folds):
             predicted[index] = fit.latency_us(models[index])
     return errors_of(predicted, measured)

@@ -48,7 +48,10 @@ _FAMILY_KINDS = {
 KINDS = {kind: family for family, kinds in _FAMILY_KINDS.items() for kind in kinds}
 """Every kernel class, with the family whose calibration scale it shares."""
 
-FAMILIES = tuple(_FAMILY_KINDS)
+MEMORY = "memory"
+"""The family of what is paid beside the kernels' own costs: weights that do not stay in the cache between runs."""
+
+FAMILIES = (*_FAMILY_KINDS, MEMORY)
 
 SUBSTITUTES = {
     "conv_plain_fp32": "conv_fp32", "conv_few_fp32": "conv_fp32", "pointwise_few_fp32": "pointwise_fp32",
@@ -146,6 +149,11 @@ def gemm_work(kind: str, rows: Number, inputs: Number, outputs: Number) -> Work:
 def move_work(read_bytes: Number, written_bytes: Number) -> Work:
     """A kernel whose time goes with the bytes it moves."""
     return Work(read_bytes=read_bytes, written_bytes=written_bytes)
+
+
+def cold_megabytes(weight_bytes: Number, cache_mb: float) -> Number:
+    """Megabytes of a model's weights that have left a cache of that size when they are needed again."""
+    return np.maximum(weight_bytes * 1e-6 - cache_mb, 0.0)
 
 
 def cost_us(coefficients: tuple[float, ...], work: Work) -> Number:

@@ -18,7 +18,15 @@ import onnxruntime as ort
 from autocompress.errors import UsageError
 from autocompress.export.onnx import to_onnx
 from autocompress.hardware.fitting import MeasuredModel, fit_kernels, hold_out
-from autocompress.hardware.profile import LOCAL, HardwareProfile, Provenance, Validity, cpu_description, local_path
+from autocompress.hardware.profile import (
+    LOCAL,
+    HardwareProfile,
+    Provenance,
+    Validity,
+    cpu_description,
+    local_path,
+    weight_cache_mb,
+)
 from autocompress.hardware.reading import ProfiledSession, TimedKernel, packed_block
 from autocompress.hardware.synthetic import (
     GraphMaker,
@@ -45,14 +53,17 @@ _SPECS: tuple[tuple[Builder, tuple[int, ...], tuple[int, int]], ...] = (
     (residual_net, (28, 32), (16, 64)),
     (inverted_net, (96, 112), (8, 24)),
     (residual_net, (96, 128), (16, 48)),
+    (residual_net, (24, 40), (80, 160)),
+    (inverted_net, (24, 40), (48, 128)),
 )
-"""Family, image sizes, range of the first width."""
+"""Family, image sizes, range of the first width: small images and narrow layers most of all, with some of every kind
+up to those of large networks, where weights no longer fit the caches."""
 
 _STYLES = ("fp32", "int8", "mixed", "runs")
-_MODELS = 42
+_MODELS = 45
 _ROUNDS = 10
 _RUNS = 8
-_SECONDS_EACH = 0.2
+_SECONDS_EACH = 0.16
 _SEED = 20
 
 
@@ -118,7 +129,8 @@ def measure_profile(
         for kernels, stats in zip(measured, latencies, strict=True)
         if kernels
     ]
-    fit = fit_kernels(results)
+    cache_mb = weight_cache_mb(threads)
+    fit = fit_kernels(results, cache_mb)
     repeat = [abs(b.median_ms / a.median_ms - 1.0) for a, b in zip(latencies, again, strict=False)]
     channels = [tensor.shape[0] for s in samples for tensor in s.graph.tensors.values() if len(tensor.shape) == 3]
     sizes = [s.input_shape[-1] for s in samples]
@@ -131,7 +143,7 @@ def measure_profile(
         nchwc_block=block,
         kernels=fit.kernels,
         end_to_end=fit.end_to_end,
-        holdout=hold_out(results),
+        holdout=hold_out(results, cache_mb),
         repeat_floor=round(float(np.median(repeat)), 4),
         validity=Validity(
             latency_ms=(round(min(latency), 4), round(max(latency), 4)),

@@ -12,15 +12,14 @@ from collections.abc import Mapping
 
 import torch
 
+from autocompress.graph.rewrite import rewrite, slice_weights
 from autocompress.methods.compressed import CompressedModel
-from autocompress.methods.pruning import rewrite, slice_weights
-from autocompress.methods.quantization import activation_formats
+from autocompress.methods.quantization import activation_formats, assign_ranges
 from autocompress.methods.rounding import round_to_nearest, round_with_compensation, row_scales
 from autocompress.methods.statistics import (
     CalibrationStatistics,
     choose_range,
     from_matrix,
-    is_depthwise,
     weight_matrix,
 )
 from autocompress.plan import CompressionPlan, Group, Layer, LayerPlan, Member, ModelGraph
@@ -78,7 +77,7 @@ class LayerDatabase:
                 weights[layer.inputs[2]] = bias.index_select(0, rows)
         activations = plan.activations or activation_formats(graph, plan.layers)
         plan = plan.model_copy(update={"activations": activations})
-        ranges = {name: self.range_of(name) for name in activations}
+        ranges = assign_ranges(graph, activations, self.range_of)
         return CompressedModel(graph=graph, weights=weights, plan=plan, weight_scales=scales, ranges=ranges)
 
     def kept_outputs(self, plan: CompressionPlan) -> dict[str, torch.Tensor]:
@@ -192,7 +191,9 @@ class LayerDatabase:
 class _Saliency:
     """Optimal Brain Surgeon over blocks of columns of one layer (a channel's taps)."""
 
-    def __init__(self, weight: torch.Tensor, inverse: torch.Tensor, places: torch.Tensor, weight_of_layer: float) -> None:
+    def __init__(
+        self, weight: torch.Tensor, inverse: torch.Tensor, places: torch.Tensor, weight_of_layer: float
+    ) -> None:
         self.weight, self.inverse, self.places, self.share = weight, inverse, places, weight_of_layer
         self.alive = torch.ones(places.shape[0], dtype=torch.bool)
 
@@ -246,5 +247,3 @@ def _refit(
     if not has_bias:
         return solved, bias
     return solved[:, :-1].contiguous(), solved[:, -1].contiguous()
-
-

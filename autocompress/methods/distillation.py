@@ -63,7 +63,9 @@ class TeacherData:
                 yield inputs, batch.target, self.logits[view, index], features
 
 
-def teach(teacher: GraphModule, split: TensorSplit, mirror: bool, progress: Progress, batch_size: int = 512) -> TeacherData:
+def teach(
+    teacher: GraphModule, split: TensorSplit, mirror: bool, progress: Progress, batch_size: int = 512
+) -> TeacherData:
     """Runs the teacher once over the samples, so that no training step has to."""
     name = penultimate(teacher)
     captured: list[torch.Tensor] = []

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from autocompress.plan import UINT8_ACTIVATION, Layer, LayerPlan, ModelGraph, NumFormat, is_weight_layer
 
 FUSED_ACTIVATIONS = ("Relu", "Clip")
 """Activations that every runtime folds into the operator before them."""
 
-FOLLOWERS = frozenset({"Add", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool", "Flatten", "Reshape", "Transpose"})
+MOVERS = frozenset({"MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split"})
+"""Operators that only move values: what they give lies in the range of what they read."""
+
+FOLLOWERS = MOVERS | {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"}
 """Operators without weights that stay in int8 when what they read is int8."""
 
 
@@ -48,9 +51,43 @@ def activation_formats(graph: ModelGraph, layers: Mapping[str, LayerPlan]) -> di
                 hold(tensor)
             hold(fused_output(graph, layer))
     for layer in graph.layers:
-        if layer.op in FOLLOWERS and layer.activations and all(t in formats for t in layer.activations):
+        if layer.op not in FOLLOWERS or not all(t in formats for t in layer.activations):
+            continue
+        if layer.op in ("Add", "Mul") and len(layer.activations) < 2:
+            continue  # a constant operand has no integer kernel
+        if layer.activations:
+            for output in layer.outputs[1:]:
+                hold(output)
             hold(fused_output(graph, layer))
     return dict(sorted(formats.items()))
+
+
+def assign_ranges(
+    graph: ModelGraph, activations: Iterable[str], choose: Callable[[str], tuple[float, float]]
+) -> dict[str, tuple[float, float]]:
+    """The range of each quantized activation.
+
+    Operators that only move values pass the range on, so that nothing is rounded twice.  Behind a Relu nothing is
+    negative: a range that claims otherwise would keep the runtime from folding the Relu away.
+
+    Args:
+        graph: of the model.
+        activations: the quantized tensors.
+        choose: gives the range of a tensor from calibration.
+    """
+    wanted = set(activations)
+    ranges = {name: choose(name) for name in graph.inputs if name in wanted}
+    for layer in graph.layers:
+        for name in layer.outputs:
+            if name not in wanted:
+                continue
+            source = layer.activations[0] if layer.activations else ""
+            if layer.op in MOVERS and source in ranges:
+                ranges[name] = ranges[source]
+            else:
+                low, high = choose(name)
+                ranges[name] = (max(low, 0.0), max(high, 1e-6)) if layer.op == "Relu" else (low, high)
+    return dict(sorted(ranges.items()))
 
 
 def affine_parameters(low: float, high: float, bits: int = 8) -> tuple[float, int]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from autocompress.graph.executor import GraphModule, Tap
 from autocompress.methods.compressed import CompressedModel
+from autocompress.methods.quantization import assign_ranges
 from autocompress.methods.rounding import integer_range, round_to_nearest, row_scales, snap
 from autocompress.methods.simulation import activation_taps, build_compressed
 from autocompress.methods.statistics import choose_range, collect, from_matrix, weight_matrix
@@ -98,7 +99,7 @@ def quantize_aware(
     """
     module = GraphModule(graph, weights).eval()
     statistics = collect(module, batches, seed=0, hessians=False)
-    ranges = {name: choose_range(statistics.samples[name]) for name in plan.activations}
+    ranges = assign_ranges(graph, plan.activations, lambda name: choose_range(statistics.samples[name]))
     grids: dict[str, _LearnedGrid] = {}
     for layer in graph.compressible:
         bits = storage_bits(plan, layer)
@@ -124,7 +125,10 @@ def quantize_aware(
 
 
 def correct_statistics(
-    compressed: CompressedModel, batches: Batches, means: Mapping[str, torch.Tensor], deviations: Mapping[str, torch.Tensor]
+    compressed: CompressedModel,
+    batches: Batches,
+    means: Mapping[str, torch.Tensor],
+    deviations: Mapping[str, torch.Tensor],
 ) -> CompressedModel:
     """Rescales each output channel to the mean and deviation it had in the original, layer after layer in one pass.
 
@@ -141,7 +145,8 @@ def correct_statistics(
         inner = taps.get(name)
 
         def tap(value: torch.Tensor) -> torch.Tensor:
-            mean, deviation = value.mean(dim=(0, 2, 3)), value.std(dim=(0, 2, 3))
+            mean = value.mean(dim=(0, 2, 3))
+            deviation = (value.square().mean(dim=(0, 2, 3)) - mean.square()).clamp_min(0.0).sqrt()
             gain = (deviations[layer.name] / deviation.clamp_min(1e-6)).clamp(0.5, 2.0)
             gain = torch.where(deviation < 1e-6, torch.ones_like(gain), gain)
             shift = means[layer.name] - mean * gain

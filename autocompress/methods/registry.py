@@ -7,7 +7,7 @@ from autocompress.registry import Registry
 METHODS = Registry(
     "methods",
     {
-        "pruning": "autocompress.methods.pruning:rewrite",
+        "pruning": "autocompress.graph.rewrite:rewrite",
         "quantization": "autocompress.methods.rounding:round_with_compensation",
         "student": "autocompress.search.bases:build_student",
         "distillation": "autocompress.methods.distillation:distill",

@@ -70,7 +70,9 @@ def input_rows(layer: Layer, x: torch.Tensor, kernel: Sequence[int], generator: 
     return rows
 
 
-def collect(module: GraphModule, batches: Iterable[tuple[torch.Tensor, ...]], seed: int, hessians: bool = True) -> CalibrationStatistics:
+def collect(
+    module: GraphModule, batches: Iterable[tuple[torch.Tensor, ...]], seed: int, hessians: bool = True
+) -> CalibrationStatistics:
     """Runs the batches through the module and gathers its statistics; the module's own taps are kept in place."""
     graph = module.graph
     generator = torch.Generator().manual_seed(seed)

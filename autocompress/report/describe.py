@@ -51,8 +51,8 @@ def drop_text(metric: Metric, drop: float | None, *, unit: bool = True) -> str:
     if drop is None:
         return "unknown"
     word = "points" if metric.unit == "fraction" else metric.unit
-    shown = 0.0 if abs(drop) < 0.005 else -drop
-    return f"{shown:+.2f} {word}".rstrip() if unit else f"{shown:+.2f}"
+    shown = "0.00" if abs(drop) < 0.005 else f"{-drop:+.2f}"
+    return f"{shown} {word}".rstrip() if unit else shown
 
 
 def gains_text(point: Point) -> str:
@@ -77,16 +77,18 @@ class Highlight:
 def highlights(front: LoadedFront) -> list[Highlight]:
     """The points that people ask for first, each once: chosen on validation, told with the test result."""
     close = [point for point in front.points if point.drop is not None and point.drop <= WITHIN_POINTS]
-    scope = f"within {WITHIN_POINTS:g} {'point' if points_per_unit(front.front.metric) == 100 else 'unit'}"
+    scope = (
+        f"within {WITHIN_POINTS:g} {'point' if points_per_unit(front.front.metric) == 100 else 'unit'} on validation"
+    )
     wanted: list[tuple[str, Point]] = []
     if close:
-        wanted.append((f"Best trade-off {scope}", min(close, key=_product)))
+        wanted.append((f"Best trade-off {scope}", max(close, key=front.gain)))
         wanted.append((f"Fastest {scope}", min(close, key=lambda p: p.latency_ms or 0.0)))
         wanted.append((f"Smallest {scope}", min(close, key=lambda p: p.size_bytes)))
     if front.points:
         best = min(front.points, key=lambda p: error_of(p.metric, p.validation))
         wanted.append(("Most accurate", best))
-        wanted.append(("Most compressed", min(front.points, key=_product)))
+        wanted.append(("Most compressed", max(front.points, key=front.gain)))
     merged: dict[str, tuple[list[str], Point]] = {}
     for title, point in wanted:
         merged.setdefault(point.id, ([], point))[0].append(title)
@@ -105,12 +107,14 @@ def verdict(front: LoadedFront) -> tuple[str, str]:
     metric = front.front.metric
     close = [point for point in front.points if point.drop is not None and point.drop <= WITHIN_POINTS]
     if close:
-        point = min(close, key=_product)
-        lead = f"{gains_text(point)} within {WITHIN_POINTS:g} point of the original"
+        point = max(close, key=front.gain)
+        why = f"the best trade-off within {WITHIN_POINTS:g} point on validation"
     else:
         point = min(front.points, key=lambda p: p.drop if p.drop is not None else error_of(metric, p.validation))
-        lead = f"{gains_text(point)} at {drop_text(metric, point.drop)} against the original"
-    return f"{lead[0].upper()}{lead[1:]}.", f"Point {point.id}: {_detail(point)}."
+        why = "the least drop on validation"
+    kept = close and point.test_drop is not None and point.test_drop <= WITHIN_POINTS
+    place = f"within {WITHIN_POINTS:g} point of" if kept else f"at {drop_text(metric, point.test_drop)} against"
+    return f"{gains_text(point)} {place} the original.", f"Point {point.id}, {why}: {_detail(point)}."
 
 
 def _detail(point: Point) -> str:
@@ -136,14 +140,10 @@ def drop_interval_text(point: Point) -> str:
 
 
 def _joined(titles: list[str], scope: str) -> str:
-    """``Fastest and smallest within 1 point``: the scope once, at the end."""
+    """``Fastest and smallest within 1 point on validation``: the scope once, at the end."""
     if len(titles) == 1:
         return titles[0]
     short = [title.removesuffix(f" {scope}") for title in titles]
     words = [short[0], *(word[0].lower() + word[1:] for word in short[1:])]
     text = f"{', '.join(words[:-1])} and {words[-1]}"
     return f"{text} {scope}" if all(title.endswith(scope) for title in titles) else text
-
-
-def _product(point: Point) -> float:
-    return (point.latency_ms or 1.0) * point.size_bytes

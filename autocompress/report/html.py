@@ -13,7 +13,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from autocompress.front import LoadedFront, Point, budget_text, load_front
-from autocompress.report import figures
+from autocompress.report import diagnostics, figures
 from autocompress.report.describe import highlights, quality_text, verdict
 from autocompress.report.space import SpaceSummary, read_space
 from autocompress.report.tables import read_rejected, read_trials, readable_points
@@ -24,7 +24,7 @@ REPORT_NAME = "report.html"
 
 _AXIS_NAMES: dict[figures.Axis, str] = {"latency": "latency", "size": "size", "macs": "MACs"}
 _SPLITS: tuple[figures.Split, ...] = ("test", "validation")
-_DECISION_NAMES: dict[figures.Decision, str] = {
+_DECISION_NAMES: dict[diagnostics.Decision, str] = {
     "keep": "channels kept",
     "bits": "weight bits",
     "compute": "compute type",
@@ -75,7 +75,7 @@ def render(front: LoadedFront) -> str:
         decision_names={
             key: name for key, name in _DECISION_NAMES.items() if f"decisions-{key}" in charts["decisions"]
         },
-        prediction_error=figures.prediction_error(front),
+        prediction_error=diagnostics.prediction_error(front),
         table=_table(front, space),
         has_energy=any(point.info.energy_mj is not None for point in every),
         rejected=rejected.astype(object).where(rejected.notna(), "").to_dict("records"),
@@ -102,11 +102,11 @@ def _charts(front: LoadedFront, space: SpaceSummary, rejected: Any, trials: Any)
         for axis in _AXIS_NAMES
         for split in _SPLITS
     }
-    decisions = {_chart_of(name): figures.decisions_figure(front, space, name) for name in _DECISION_NAMES}
+    decisions = {_chart_of(name): diagnostics.decisions_figure(front, space, name) for name in _DECISION_NAMES}
     single = {
-        "prediction": figures.prediction_figure(front),
-        "stages": figures.stages_figure(front),
-        "history": figures.history_figure(trials),
+        "prediction": diagnostics.prediction_figure(front),
+        "stages": diagnostics.stages_figure(front),
+        "history": diagnostics.history_figure(trials),
     }
     groups: dict[str, Mapping[str, go.Figure | None]] = {"front": fronts, "decisions": decisions}
     groups |= {name: {name: figure} for name, figure in single.items()}
@@ -116,7 +116,7 @@ def _charts(front: LoadedFront, space: SpaceSummary, rejected: Any, trials: Any)
     }
 
 
-def _chart_of(decision: figures.Decision) -> str:
+def _chart_of(decision: diagnostics.Decision) -> str:
     return f"decisions-{decision}"
 
 

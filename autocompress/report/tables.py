@@ -53,7 +53,7 @@ def _readable(point: Point, kind: str, space: SpaceSummary) -> dict[str, object]
         "energy": "" if info.energy_mj is None else f"{info.energy_mj:.3g} mJ",
         "kernels": kernels,
         "agreement": "" if info.runtime_agreement is None else f"{info.runtime_agreement:.2%}",
-        "tied": ", ".join(info.tied_with),
+        "tied": list(info.tied_with),
         "how": ORIGINAL_TEXT if kind == "reference" else describe_plan(info.plan, space),
     }
 

@@ -61,5 +61,6 @@ def _measure(
             files, threads=config.threads, batch=config.batch, seconds_each=ANCHOR_SECONDS, progress=progress
         )
     return [
-        (plan.model_dump(mode="json"), stats[str(index)].median_ms, sizes[str(index)]) for index, plan in enumerate(plans)
+        (plan.model_dump(mode="json"), stats[str(index)].median_ms, sizes[str(index)])
+        for index, plan in enumerate(plans)
     ]

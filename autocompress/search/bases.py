@@ -64,7 +64,9 @@ def build_student(task: Task, original: Base, spec: Student, cost_model: FittedC
     return Base(spec, graph, weights, cost_model.lower(graph), stitched=False)
 
 
-def student_specs(task: Task, widths: tuple[float, ...], depths: tuple[float, ...], init: tuple[str, ...]) -> list[Student]:
+def student_specs(
+    task: Task, widths: tuple[float, ...], depths: tuple[float, ...], init: tuple[str, ...]
+) -> list[Student]:
     """The students worth building for a task, those that inherit first."""
     specs = []
     if "inherit" in init and "depth" in task.accepts:

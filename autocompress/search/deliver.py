@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,7 +142,9 @@ class Delivery:
         count = min(AGREEMENT_SAMPLES, len(data))
         module = build_compressed(compressed)
         with torch.no_grad():
-            simulated = torch.cat([module(data.batch(slice(i, min(i + BATCH, count))).inputs[0]) for i in range(0, count, BATCH)])
+            simulated = torch.cat(
+                [module(data.batch(slice(i, min(i + BATCH, count))).inputs[0]) for i in range(0, count, BATCH)]
+            )
         if simulated.dim() != 2:
             return float(torch.isclose(simulated, outputs[:count], rtol=1e-2, atol=1e-2).float().mean())
         return float((simulated.argmax(1) == outputs[:count].argmax(1)).float().mean())
@@ -187,7 +189,9 @@ class Delivery:
         for name, limit in self.limits.items():
             value = values[name]
             if value is None or value > limit + 1e-9:
-                found[name] = np.inf if value is None else (value - limit) / max(limit, 0.1 if name == "drop" else 1e-12)
+                found[name] = (
+                    np.inf if value is None else (value - limit) / max(limit, 0.1 if name == "drop" else 1e-12)
+                )
         return found
 
     def _drop(self, point: FrontPoint) -> float:
@@ -316,5 +320,3 @@ class Delivery:
             f"{nearest.latency_ms.measured:.4g} ms, {nearest.size_bytes / 1e6:.4g} MB and {self._drop(nearest):.2f} points "
             f"of validation quality lost, which breaks {broken}"
         )
-
-

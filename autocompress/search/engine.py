@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from autocompress.config import RunConfig
 from autocompress.errors import InfeasibleError, UsageError
 from autocompress.graph.executor import build_module
 from autocompress.graph.read import read_model
-from autocompress.hardware.cost import FittedCostModel
+from autocompress.hardware.cost import FittedCostModel, Skeleton
 from autocompress.hardware.profile import HardwareProfile
 from autocompress.methods.database import LayerDatabase
 from autocompress.methods.distillation import teach
@@ -30,7 +30,6 @@ from autocompress.plan import (
     Front,
     LayerPlan,
     Original,
-    Recipe,
     Student,
     Target,
 )
@@ -42,7 +41,7 @@ from autocompress.search.evaluate import StitchedEvaluator
 from autocompress.search.files import Clock, read_json, write_text
 from autocompress.search.ladder import RecipeStudy, RecoveryForecast, best_gain, box
 from autocompress.search.menu import Menu, complete, format_of, formats_of
-from autocompress.search.recover import Recovered, Trainer, load_recovered, save_recovered
+from autocompress.search.recover import Climbed, Recovered, Trainer, load_recovered, save_recovered
 from autocompress.search.seeds import Sensitivity, dp_front, measure_sensitivity, uniform_seeds
 from autocompress.search.study import PlanStudy, Scored
 from autocompress.search.variants import variants
@@ -58,9 +57,14 @@ FIRST_RUNG_SHARE = 0.5
 """Share of recovery that goes to a first, short training of many structures; the rest goes to the best of them."""
 
 PROMOTED = 3
+SLOT_S = 12.0
+FORMATS_SHARE = 0.25
+"""Share of a rung's time that trains with number formats simulated."""
 STEPS_FIRST, STEPS_SECOND, STEPS_FORMATS, STRUCTURES = 150, 300, 60, 4
 """Without a time budget: steps at each rung, with formats simulated, and how many structures enter."""
 
+PREDICTION_MARGIN = 1.06
+WIDEST_DROP = 30.0
 MEASURE_S, FINAL_MEASURE_S = 0.4, 0.8
 FRESH_MIN_S = 25.0
 MAX_STEPS = 10**9
@@ -74,7 +78,7 @@ class Structure:
     plan: CompressionPlan
     divergence: float | None
     recovered: Recovered | None = None
-    recipe: Recipe = Recipe()
+    rung: int = 0
 
     @property
     def key(self) -> str:
@@ -107,7 +111,7 @@ class Engine:
         self.config, self.space, self.task, self.run = config, space, task, run
         self.profile, self.clock, self.progress = profile, clock, progress
         self.cost_model = FittedCostModel(profile)
-        self.limits = limits_of(config)
+        self.limits = config.budgets
         self.stages: dict[str, float] = {}
         self.storage = config.storage or f"sqlite:///{run / 'study.db'}"
         target = Target(
@@ -119,8 +123,13 @@ class Engine:
         )
         self.delivery = Delivery(run, task, target, config.objectives, self.limits, config.seed)
         self.structures: dict[str, Structure] = {}
+        self.bases: dict[Student, Base | None] = {}
         self.forecast = RecoveryForecast()
         self.trials = 0
+        # Predictions err by a few percent: plans are held to a little less than the budget.
+        self.hard = {name: limit for name, limit in self.limits.items() if name != "drop"}
+        if "latency_ms" in self.hard:
+            self.hard["latency_ms"] /= PREDICTION_MARGIN
 
     # -------------------------------------------------------------------------------------------------- stages
 
@@ -184,13 +193,7 @@ class Engine:
                 )
 
     def _price(self, plan: CompressionPlan) -> dict[str, float]:
-        table = self.original.skeleton.price([plan])
-        return {
-            "latency_ms": float(table.latency_ms[0]),
-            "size_bytes": float(table.size_bytes[0]),
-            "peak_memory_bytes": float(table.peak_memory_bytes[0]),
-            "macs": float(table.macs[0]),
-        }
+        return prices(self.original.skeleton, plan)
 
     def _deliver_baselines(self) -> None:
         dense = complete(self.original.graph, CompressionPlan())
@@ -211,8 +214,7 @@ class Engine:
     # -------------------------------------------------------------------------------------------------- search
 
     def _search(self) -> None:
-        hard = {name: limit for name, limit in self.limits.items() if name != "drop"}
-        study = PlanStudy(self.storage, self.menu, self.cost_names, hard, self.config.seed)
+        study = PlanStudy(self.storage, self.menu, self.cost_names, self.hard, self.config.seed)
         self.study = study
         if read_json(self.run / ".work" / "search-done.json"):
             self.trials = study.trials
@@ -232,8 +234,9 @@ class Engine:
             self.trials = study.trials
             self.progress.advance()
             if self.trials % 20 == 0:
-                self.progress.note(trials=self.trials, left_s=self.clock.left)
+                self._note_time()
                 self.clock.save()
+        write_text(self.run / "trials.csv", study.table().to_csv(index=False))
         write_text(self.run / ".work" / "search-done.json", json.dumps(self.trials))
 
     def _sensitivity(self) -> Sensitivity:
@@ -266,7 +269,9 @@ class Engine:
         return self.evaluator(self.menu.plan(self.menu.uniform(1.0, "fp32", 32))).error
 
     def _box(self, drop: float, costs: Mapping[str, float]) -> list[float]:
-        span = min(self.limits.get("drop", 10.0), 10.0) or 1.0
+        """A point for comparing gains; the drop counts by its root, so that the cheap end of a front counts too."""
+        span = min(self.limits.get("drop", WIDEST_DROP), WIDEST_DROP) or 1.0
+        drop = math.sqrt(max(drop, 0.0) * 100.0 / span) * span / 100.0
         latency = costs.get("latency_ms", self.reference[0])
         return box(drop, latency, costs.get("size_bytes", self.reference[1]), self.reference, span)
 
@@ -274,17 +279,21 @@ class Engine:
 
     def _recover(self) -> None:
         timed = self.config.time_budget is not None
-        if timed and self.clock.left < 8.0:
+        done = self._resume_structures()
+        if timed and self.clock.left < self._reserve() + 5.0:
             return
         teacher = teach(self.dense, self.task.split("train"), self.task.augmentation.flip, self.progress)
-        self.trainer = Trainer(self.task, teacher, self.config.seed)
+        self.trainer = Trainer(self.task, teacher, self.config.seed, repeatable=not timed)
         self.recipes = RecipeStudy(self.storage, self.space.distillation, self.config.seed)
+        for structure in self.structures.values():
+            self._export(structure, None)
         available = max(0.0, self.clock.left - self._reserve()) if timed else math.inf
-        slots = STRUCTURES if not timed else int(np.clip(available / 12.0, 3, 9))
-        first_s = FIRST_RUNG_SHARE * available / slots if timed else None
-        second_s = (1.0 - FIRST_RUNG_SHARE) * available / PROMOTED if timed else None
+        slots = STRUCTURES if not timed else int(np.clip(available / SLOT_S, 3, 9))
+        slots, promotions = max(0, slots - done[1]), max(0, PROMOTED - done[2])
+        first_share = FIRST_RUNG_SHARE if promotions else 1.0
+        first_s = first_share * available / max(slots, 1) if timed else None
         students = self._students(first_s)
-        self.progress.stage("recover", slots + PROMOTED)
+        self.progress.stage("recover", slots + promotions)
         for index in range(slots):
             if timed and self.clock.left < self._reserve() + 3.0:
                 break
@@ -294,13 +303,45 @@ class Engine:
             if structure is None:
                 break
             self._climb(structure, rung=1, steps=STEPS_FIRST, seconds=first_s)
-        for _ in range(PROMOTED):
+        available = max(0.0, self.clock.left - self._reserve()) if timed else math.inf
+        second_s = available / max(promotions, 1) if timed else None
+        for _ in range(promotions):
             if timed and self.clock.left < self._reserve() + 3.0:
                 break
             structure = self._promoted()
             if structure is None:
                 break
             self._climb(structure, rung=2, steps=STEPS_SECOND, seconds=second_s)
+
+    def _resume_structures(self) -> dict[int, int]:
+        """Takes up the recoveries of an interrupted run; gives how many there were at each rung."""
+        count = {1: 0, 2: 0}
+        files = sorted((self.run / ".work" / "recovered").glob("*.safetensors"), key=lambda f: f.stat().st_mtime_ns)
+        for path in files:
+            stored = load_recovered(path)
+            if stored is None:
+                path.unlink()
+                continue
+            recovered, climbed = stored
+            base = self._base(climbed.plan.base)
+            if base is None:
+                continue
+            structure = Structure(base, climbed.plan, climbed.divergence, recovered, climbed.rung)
+            self.structures[structure.key] = structure
+            count[climbed.rung] += 1
+            if climbed.rung == 1 and climbed.divergence is not None:
+                self.forecast.add(climbed.divergence, recovered.error - self.error)
+        return count
+
+    def _base(self, spec: Original | Student) -> Base | None:
+        if isinstance(spec, Original):
+            return self.original
+        if spec not in self.bases:
+            base = build_student(self.task, self.original, spec, self.cost_model, self.config.seed)
+            if base is not None:
+                base.skeleton.calibration = self.original.skeleton.calibration
+            self.bases[spec] = base
+        return self.bases[spec]
 
     def _students(self, seconds: float | None) -> list[Structure]:
         """Students that cannot be stitched: they have to be trained to be judged.
@@ -312,12 +353,12 @@ class Engine:
         for spec in student_specs(self.task, students.widths, students.depths, students.init):
             if spec.init == "fresh" and seconds is not None and seconds < FRESH_MIN_S:
                 continue
-            base = build_student(self.task, self.original, spec, self.cost_model, self.config.seed)
+            base = self._base(spec)
             if base is None:
                 continue
-            base.skeleton.calibration = self.original.skeleton.calibration
-            plan = CompressionPlan(base=spec)
-            found.append(Structure(base, plan, None))
+            structure = Structure(base, CompressionPlan(base=spec), None)
+            if structure.key not in self.structures and self._variants(structure):
+                found.append(structure)
             if spec.init == "fresh":
                 break
         return found
@@ -330,7 +371,7 @@ class Engine:
             return None
         predicted = self.forecast.predict(np.array([s.divergence for s in scored]))
         rows = [self._box(float(p), s.costs) for p, s in zip(predicted, scored, strict=True)]
-        present = [self._box(*self._outcome(s)) for s in self.structures.values() if s.recovered is not None]
+        present = [self._box(*self._outcome(s)) for s in self.structures.values()]
         index, gain = best_gain(present, rows)
         if gain <= 0.0:
             return None
@@ -339,97 +380,101 @@ class Engine:
 
     def _outcome(self, structure: Structure) -> tuple[float, dict[str, float]]:
         assert structure.recovered is not None
-        plans = self._variants(structure)
+        plans = self._variants(structure) or [structure.plan]
         table = structure.base.skeleton.price([_priced(plan) for plan in plans])
         costs = {"latency_ms": float(table.latency_ms.min()), "size_bytes": float(table.size_bytes.min())}
         return structure.recovered.error - self.error, costs
 
     def _promoted(self) -> Structure | None:
         """The structure whose longer training promises the most: half of its remaining gap closed."""
-        waiting = [s for s in self.structures.values() if s.recovered is not None and not self._path(s, 2).is_file()]
+        waiting = [s for s in self.structures.values() if s.rung == 1]
         if not waiting:
             return None
-        present = [self._box(*self._outcome(s)) for s in self.structures.values() if s.recovered is not None]
+        present = [self._box(*self._outcome(s)) for s in self.structures.values()]
         rows = []
         for structure in waiting:
             gap, costs = self._outcome(structure)
             rows.append(self._box(0.5 * gap, costs))
-        index, _ = best_gain(present, rows)
-        return waiting[index]
+        return waiting[best_gain(present, rows)[0]]
 
     def _variants(self, structure: Structure) -> list[CompressionPlan]:
-        graph = structure.base.graph
+        """The format assignments worth delivering, those over budget as predicted left out."""
+        graph, skeleton = structure.base.graph, structure.base.skeleton
         default = formats_of(self.space)
         allowed = {layer.name: self.formats.get(layer.name, default) for layer in graph.compressible}
-        return [
-            plan.model_copy(update={"base": structure.base.spec})
-            for plan in variants(graph, structure.base.skeleton, _priced(structure.plan), allowed)
-        ]
-
-    def _path(self, structure: Structure, rung: int) -> Path:
-        return self.run / ".work" / "recovered" / f"{structure.key}-{rung}.safetensors"
+        found = variants(graph, skeleton, _priced(structure.plan), allowed)
+        kept = []
+        for plan in found:
+            costs = prices(skeleton, plan)
+            if all(costs[name] <= limit for name, limit in self.hard.items()):
+                kept.append(plan.model_copy(update={"base": structure.base.spec}))
+        return kept
 
     def _climb(self, structure: Structure, rung: int, steps: int, seconds: float | None) -> None:
         """Recovers a structure for one rung, then exports it in its number formats."""
-        self.structures[structure.key] = structure
-        path = self._path(structure, rung)
-        stored = load_recovered(path)
-        if stored is None:
-            trial, recipe = self.recipes.ask() if rung == 1 else (None, self.recipes.best())
-            graph, weights = self._start(structure)
-            formats_share = 0.25
-            float_s = None if seconds is None else seconds * (1 - formats_share)
-            try:
-                stored = self.trainer.float_recovery(
-                    graph,
-                    weights,
-                    recipe,
-                    fresh=structure.base.fresh,
-                    steps=steps if seconds is None else MAX_STEPS,
-                    seconds=float_s,
-                    progress=_Quiet(self.progress),
-                    before=structure.recovered,
-                )
-            except (FloatingPointError, RuntimeError) as error:
-                logger.warning("recovery of %s failed: %s", structure.key, error)
-                if trial is not None:
-                    self.recipes.tell(trial, None, structure.key)
-                self.progress.advance()
-                return
-            save_recovered(stored, path)
-            if trial is not None:
-                self.recipes.tell(trial, self._open_share(structure, stored), structure.key)
-            structure.recipe = recipe
-            if structure.divergence is not None and rung == 1:
-                self.forecast.add(structure.divergence, stored.error - self.error)
-        structure.recovered = stored
-        plans = self._variants(structure)
-        each_s = None if seconds is None else seconds * 0.25 / max(1, sum(_low_bits(p) for p in plans))
-        names = []
-        for plan in plans:
-            recipe = structure.recipe.model_copy(update={"steps": stored.steps, "qat_steps": STEPS_FORMATS if _low_bits(plan) else 0})
-            plan = plan.model_copy(update={"recipe": recipe})
-            name = self._name(plan)
-            names.append(name)
-            if name in self.delivery.points:
-                continue
-            compressed, taken = self.trainer.to_formats(
-                stored,
-                plan,
-                steps=STEPS_FORMATS if each_s is None else MAX_STEPS,
-                seconds=each_s,
+        trial, recipe = self.recipes.ask() if rung == 1 else (None, self.recipes.best())
+        graph, weights = self._start(structure)
+        try:
+            recovered = self.trainer.float_recovery(
+                graph,
+                weights,
+                recipe,
+                fresh=structure.base.fresh,
+                steps=steps if seconds is None else MAX_STEPS,
+                seconds=None if seconds is None else seconds * (1.0 - FORMATS_SHARE),
                 progress=_Quiet(self.progress),
+                before=structure.recovered,
             )
-            del taken
-            self._deliver(structure.base, plan, compressed)
-        self.delivery.measure(names, MEASURE_S)
-        front = self._publish("running")
+        except (FloatingPointError, RuntimeError) as error:
+            logger.warning("recovery of %s failed: %s", structure.key, error)
+            structure.rung = rung
+            if trial is not None:
+                self.recipes.tell(trial, None, structure.key)
+            self.progress.advance()
+            return
+        path = self.run / ".work" / "recovered" / f"{structure.key}-{rung}.safetensors"
+        save_recovered(recovered, Climbed(structure.plan, structure.divergence, rung), path)
+        if trial is not None:
+            self.recipes.tell(trial, self._open_share(structure, recovered), structure.key)
+        if structure.divergence is not None and rung == 1:
+            self.forecast.add(structure.divergence, recovered.error - self.error)
+        structure.recovered, structure.rung = recovered, rung
+        self.structures[structure.key] = structure
+        self._export(structure, None if seconds is None else seconds * FORMATS_SHARE)
         self.progress.advance()
-        self.progress.note(points=len(front.points), hypervolume=front.search.hypervolume, left_s=self.clock.left)
         logger.info(
             "rung %d of %s (%s): %d steps, validation error %.4f (original %.4f)",
-            rung, structure.key, structure.base.spec.kind, stored.steps, stored.error, self.error,
+            rung, structure.key, structure.base.spec.kind, recovered.steps, recovered.error, self.error,
         )  # fmt: skip
+
+    def _export(self, structure: Structure, seconds: float | None) -> None:
+        """Delivers a recovered structure in each of its number formats; those delivered before are left as they are."""
+        recovered = structure.recovered
+        assert recovered is not None
+        timed = self.config.time_budget is not None
+        names = []
+        plans = self._variants(structure)
+        low = max(1, sum(_low_bits(plan) for plan in plans))
+        for plan in plans:
+            recipe = recovered.recipe.model_copy(update={"steps": recovered.steps})
+            plan = plan.model_copy(update={"recipe": recipe})
+            name = self._name(plan)
+            if name in self.delivery.points or name in self.delivery.failures:
+                continue
+            compressed = self.trainer.to_formats(
+                recovered,
+                plan,
+                steps=MAX_STEPS if timed and seconds is not None else STEPS_FORMATS,
+                seconds=seconds / low if seconds is not None else None,
+                progress=_Quiet(self.progress),
+            )
+            self._deliver(structure.base, plan, compressed)
+            names.append(name)
+        if names:
+            self.delivery.measure(names, MEASURE_S)
+            front = self._publish("running")
+            self.progress.note(front=front, hypervolume=front.search.hypervolume)
+            self._note_time()
 
     def _open_share(self, structure: Structure, recovered: Recovered) -> float:
         """The quality gap that stays, against the one expected for this structure: comparable between structures."""
@@ -469,6 +514,10 @@ class Engine:
         points, _ = self.delivery.select()
         self.delivery.measure([*(p.id for p in points), UNIFORM_INT8], FINAL_MEASURE_S, self.progress)
 
+    def _note_time(self) -> None:
+        if math.isfinite(self.clock.left):
+            self.progress.note(seconds_left=max(0.0, self.clock.left))
+
     def _publish(self, status: str) -> Front:
         self.clock.save()
         return self.delivery.publish(status, self.trials, self.clock.spent, self.stages)
@@ -505,17 +554,15 @@ class _Quiet:
         self._progress.note(**values)
 
 
-def limits_of(config: RunConfig) -> dict[str, float]:
-    """The budgets by cost name, in the costs' own units; ``drop`` in points."""
-    given = {
-        "latency_ms": config.max_latency_ms,
-        "size_bytes": None if config.max_size_mb is None else config.max_size_mb * 1e6,
-        "peak_memory_bytes": None if config.max_memory_mb is None else config.max_memory_mb * 1e6,
-        "energy_mj": config.max_energy_mj,
-        "macs": None if config.max_macs is None else float(config.max_macs),
-        "drop": config.max_drop,
+def prices(skeleton: Skeleton, plan: CompressionPlan) -> dict[str, float]:
+    """The predicted costs of one plan of the skeleton's graph, by objective name."""
+    table = skeleton.price([plan])
+    return {
+        "latency_ms": float(table.latency_ms[0]),
+        "size_bytes": float(table.size_bytes[0]),
+        "peak_memory_bytes": float(table.peak_memory_bytes[0]),
+        "macs": float(table.macs[0]),
     }
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _low_bits(plan: CompressionPlan) -> bool:
@@ -525,6 +572,3 @@ def _low_bits(plan: CompressionPlan) -> bool:
 def _priced(plan: CompressionPlan) -> CompressionPlan:
     """A plan as its base's own skeleton prices it."""
     return plan.model_copy(update={"base": Original()}) if isinstance(plan.base, Student) else plan
-
-
-Runner = Callable[..., Front]

@@ -75,5 +75,7 @@ class StitchedEvaluator:
 
     def _run(self, module: GraphModule) -> torch.Tensor:
         with torch.no_grad():
-            parts = [module(self._samples.batch(slice(i, i + 256)).inputs[0]) for i in range(0, len(self._samples), 256)]
+            parts = [
+                module(self._samples.batch(slice(i, i + 256)).inputs[0]) for i in range(0, len(self._samples), 256)
+            ]
         return torch.cat(parts).float()

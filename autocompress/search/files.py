@@ -37,20 +37,15 @@ class Clock:
         self.path, self.budget_s = path, budget_s
         self._before = float(read_json(path) or 0.0)
         self._started = time.monotonic()
-        self._paused = 0.0
 
     @property
     def spent(self) -> float:
-        return self._before + time.monotonic() - self._started - self._paused
+        return self._before + time.monotonic() - self._started
 
     @property
     def left(self) -> float:
         """Seconds to the end of the budget; infinite without one."""
         return float("inf") if self.budget_s is None else self.budget_s - self.spent
-
-    def exclude(self, seconds: float) -> None:
-        """Takes time out of the account: training the original and a first profile are not the search's."""
-        self._paused += seconds
 
     def save(self) -> None:
         write_text(self.path, json.dumps(self.spent))

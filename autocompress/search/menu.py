@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from autocompress.errors import UsageError
-from autocompress.methods.quantization import activation_formats
+from autocompress.methods.quantization import activation_formats, fused_output
 from autocompress.patterns import match_layers
 from autocompress.plan import (
     FLOAT32,
@@ -29,7 +29,8 @@ from autocompress.plan import (
 )
 from autocompress.spaces import SearchSpace
 
-MIN_CHANNELS = 4
+NARROWEST = (4, 2)
+"""Channel counts below the grid that are offered as well: at high resolution a narrow layer's time falls with them."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,15 @@ def keep_counts(size: int, shares: Iterable[float]) -> tuple[int, ...]:
 
     >>> keep_counts(64, [1.0, 0.5, 0.3])
     (64, 32, 24)
+    >>> keep_counts(16, [1.0, 0.5, 0.25, 0.125])
+    (16, 8, 4, 2)
     """
     step = 8 if size > 32 else 4
-    counts = {size if share >= 1 else min(size, max(MIN_CHANNELS, -(-int(size * share) // step) * step)) for share in shares}
+    counts = set()
+    for share in shares:
+        wanted = round(size * share)
+        on_grid = -(-wanted // step) * step
+        counts.add(size if share >= 1 else next((n for n in NARROWEST[::-1] if n >= wanted), min(size, on_grid)))
     return tuple(sorted(counts, reverse=True))
 
 
@@ -83,7 +90,9 @@ class Menu:
         origin: what to name in errors about patterns.
     """
 
-    def __init__(self, graph: ModelGraph, space: SearchSpace, freeze: Sequence[str] = (), origin: str = "--freeze") -> None:
+    def __init__(
+        self, graph: ModelGraph, space: SearchSpace, freeze: Sequence[str] = (), origin: str = "--freeze"
+    ) -> None:
         self.graph = graph
         names = [*(layer.name for layer in graph.compressible), *(group.id for group in graph.groups)]
         names = list(dict.fromkeys(names))
@@ -119,7 +128,14 @@ class Menu:
             whole = held or bool(touched)
             counts = (group.size,) if whole else keep_counts(group.size, (1.0, *local.keep))
         formats = [format_of("fp32", 32)] if held else formats_of(local)
+        if any(self._ends_the_model(layer) for layer in layers):
+            formats = [form for form in formats if form.compute == "fp32"] or [format_of("fp32", 32)]
+            self.dropped[name] = "int8 left out: an integer convolution cannot give the model's float output"
         return Knob(name, group.id if group else None, layers, tuple(Option(c, f) for c in counts for f in formats))
+
+    def _ends_the_model(self, name: str) -> bool:
+        layer = self.graph.by_name[name]
+        return layer.op == "Conv" and fused_output(self.graph, layer) in self.graph.outputs
 
     # ------------------------------------------------------------------------------------------ plans and choices
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -39,6 +41,7 @@ class Recovered:
         steps: training steps so far.
         seconds: they took.
         error: on the validation split, one minus the score.
+        recipe: of the last training.
     """
 
     graph: ModelGraph
@@ -46,6 +49,7 @@ class Recovered:
     steps: int
     seconds: float
     error: float
+    recipe: Recipe
 
 
 class Trainer:
@@ -55,11 +59,15 @@ class Trainer:
         task: gives calibration and validation data and the loss.
         teacher: training samples with the teacher's answers.
         seed: of the sample order.
+        repeatable: whether the same steps must give the same weights; it rules out choices made by timing.
         batch_size: samples a step.
     """
 
-    def __init__(self, task: Task, teacher: TeacherData, seed: int, batch_size: int = 128) -> None:
+    def __init__(
+        self, task: Task, teacher: TeacherData, seed: int, repeatable: bool = False, batch_size: int = 128
+    ) -> None:
         self.task, self.teacher, self.seed, self.batch_size = task, teacher, seed, batch_size
+        self.repeatable = repeatable
         calibration = task.split("calibration").inputs
         self.calibration = [(calibration[i : i + 128],) for i in range(0, len(calibration), 128)]
 
@@ -76,8 +84,6 @@ class Trainer:
         before: Recovered | None = None,
     ) -> Recovered:
         """Distils float weights; ``before`` continues an earlier, shorter recovery."""
-        import time
-
         started = time.monotonic()
         module = GraphModule(graph, before.weights if before else weights)
         add_norms(module, self.calibration, fresh=fresh and before is None)
@@ -95,25 +101,23 @@ class Trainer:
             taken + (before.steps if before else 0),
             spent + (before.seconds if before else 0.0),
             error,
+            recipe,
         )
 
     def to_formats(
         self, recovered: Recovered, plan: CompressionPlan, *, steps: int, seconds: float | None, progress: Progress
-    ) -> tuple[CompressedModel, int]:
+    ) -> CompressedModel:
         """Rounds recovered weights to a plan's formats, training with them simulated where 4-bit weights need it."""
         recipe = plan.recipe
-        taken = 0
 
         def train(module: GraphModule, scales: list[nn.Parameter]) -> None:
-            nonlocal taken
             rate = recipe.learning_rate * QAT_LEARNING_RATE
-            taken = self._distill(module, recipe, steps, rate, seconds, progress, scales)
+            self._distill(module, recipe, steps, rate, seconds, progress, scales)
 
         low_bits = any(storage_bits(plan, layer) < 8 for layer in recovered.graph.compressible)
-        compressed = quantize_aware(
+        return quantize_aware(
             recovered.graph, recovered.weights, plan, self.calibration, train if steps and low_bits else None
         )
-        return compressed, taken
 
     def _distill(
         self,
@@ -137,33 +141,55 @@ class Trainer:
             extra_parameters=scales,
             batch_size=self.batch_size,
             seconds=seconds,
-            mixed_precision=mixed_precision_pays(module, sample),
+            mixed_precision=not self.repeatable and mixed_precision_pays(module, sample),
             progress=progress,
         )
 
 
-def save_recovered(recovered: Recovered, path: Path) -> None:
+@dataclass(frozen=True)
+class Climbed:
+    """What a file of a recovery says of itself: enough to go on with it in another process."""
+
+    plan: CompressionPlan
+    divergence: float | None
+    rung: int
+
+
+def save_recovered(recovered: Recovered, climbed: Climbed, path: Path) -> None:
     """Keeps a recovery for a resumed run; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"steps": recovered.steps, "seconds": recovered.seconds, "error": recovered.error}
+    facts = {
+        "steps": recovered.steps,
+        "seconds": recovered.seconds,
+        "error": recovered.error,
+        "recipe": recovered.recipe.model_dump(),
+        "plan": climbed.plan.model_dump(mode="json"),
+        "divergence": climbed.divergence,
+        "rung": climbed.rung,
+    }
     temporary = path.with_suffix(".part")
-    metadata = {"facts": json.dumps(facts), "graph": recovered.graph.model_dump_json()}
-    save_file(dict(recovered.weights), temporary, metadata)
+    save_file(
+        dict(recovered.weights), temporary, {"facts": json.dumps(facts), "graph": recovered.graph.model_dump_json()}
+    )
     temporary.replace(path)
 
 
-def load_recovered(path: Path) -> Recovered | None:
-    """Reads what ``save_recovered`` wrote; None where there is nothing usable."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        return None
+def load_recovered(path: Path) -> tuple[Recovered, Climbed] | None:
+    """Reads what ``save_recovered`` wrote; None where the file is no use."""
     try:
         with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
             metadata = file.metadata()
         facts = json.loads(metadata["facts"])
-        graph = ModelGraph.model_validate_json(metadata["graph"])
-        return Recovered(graph, load_file(path), facts["steps"], facts["seconds"], facts["error"])
+        recovered = Recovered(
+            ModelGraph.model_validate_json(metadata["graph"]),
+            load_file(path),
+            facts["steps"],
+            facts["seconds"],
+            facts["error"],
+            Recipe.model_validate(facts["recipe"]),
+        )
+        plan = CompressionPlan.model_validate(facts["plan"])
+        return recovered, Climbed(plan, facts["divergence"], facts["rung"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         logger.warning("%s is unreadable and will be made again (%s)", path, error)
         return None

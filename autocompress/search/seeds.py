@@ -33,14 +33,18 @@ class Sensitivity:
 def measure_sensitivity(menu: Menu, judge: Callable[[CompressionPlan], float], progress: Progress) -> Sensitivity:
     """Evaluates each width and each format of each knob on its own; an option counts as the sum of its two parts."""
     dense = list(menu.uniform(1.0, "fp32", 32))
-    tasks = [(k, sorted({o.keep or 0 for o in knob.options}), _formats(knob.options)) for k, knob in enumerate(menu.knobs)]
+    tasks = [
+        (k, sorted({o.keep or 0 for o in knob.options}), _formats(knob.options)) for k, knob in enumerate(menu.knobs)
+    ]
     progress.stage("sensitivity", sum(len(widths) + len(formats) for _, widths, formats in tasks))
     rows = []
     for index, widths, formats in tasks:
         options = menu.knobs[index].options
 
         def loss(keep: int, form: LayerPlan, index: int = index) -> float:
-            choice = next(i for i, o in enumerate(menu.knobs[index].options) if (o.keep or 0) == keep and o.format == form)
+            choice = next(
+                i for i, o in enumerate(menu.knobs[index].options) if (o.keep or 0) == keep and o.format == form
+            )
             progress.advance()
             if choice == dense[index]:
                 return 0.0

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import optuna
+import pandas as pd
+import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.plan import CompressionPlan
@@ -46,7 +48,13 @@ class PlanStudy:
     """
 
     def __init__(
-        self, storage: str, menu: Menu, costs: Sequence[str], limits: Mapping[str, float], seed: int, population: int = 32
+        self,
+        storage: str,
+        menu: Menu,
+        costs: Sequence[str],
+        limits: Mapping[str, float],
+        seed: int,
+        population: int = 32,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.menu, self.costs, self.limits = menu, tuple(costs), dict(limits)
@@ -110,7 +118,7 @@ class PlanStudy:
                 trial.set_user_attr(SAME_AS, known.number)
             else:
                 result = evaluate(plan)
-        except (RuntimeError, ValueError, FloatingPointError, torch_error()) as error:
+        except (RuntimeError, ValueError, FloatingPointError, torch.linalg.LinAlgError) as error:
             logger.warning("trial %d failed: %s", trial.number, error)
             trial.set_user_attr("failure", f"{type(error).__name__}: {error}"[:500])
             self.study.tell(trial, state=TrialState.FAIL)
@@ -120,6 +128,10 @@ class PlanStudy:
         told = self.study.tell(trial, [result.divergence, *(costs[name] for name in self.costs)])
         self._known.setdefault(plan.structure_digest, told)
         return Scored(trial.number, plan, result.divergence, result.error, costs)
+
+    def table(self) -> pd.DataFrame:
+        """Every trial in a row: its state, its values as predicted and as stitched, and its choices."""
+        return pd.DataFrame([_row(trial, self.costs) for trial in self.study.get_trials(deepcopy=False)])
 
     def scored(self) -> list[Scored]:
         """Every distinct plan that was evaluated and keeps the budgets."""
@@ -131,8 +143,16 @@ class PlanStudy:
         return sorted(found, key=lambda s: s.number)
 
 
-def torch_error() -> type[Exception]:
-    """What torch.linalg raises for a singular layer."""
-    import torch
-
-    return torch.linalg.LinAlgError
+def _row(trial: FrozenTrial, costs: Sequence[str]) -> dict[str, object]:
+    values = trial.values or [None] * (1 + len(costs))
+    return {
+        "number": trial.number,
+        "state": trial.state.name,
+        "divergence": values[0],
+        "error": trial.user_attrs.get(ERROR),
+        **dict(zip(costs, values[1:], strict=True)),
+        "same_as": trial.user_attrs.get(SAME_AS),
+        "failure": trial.user_attrs.get("failure"),
+        "seconds": trial.user_attrs.get("seconds"),
+        **trial.params,
+    }

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from autocompress import terminal
-from autocompress.terminal import LiveProgress, PlainProgress, showing_progress
-from tests.fixtures.runs import make_front
+from autocompress.front import load_front
+from autocompress.terminal import LiveProgress, PlainProgress, front_table, showing_progress
+from tests.fixtures.runs import build_run, make_front
 
 
 def drive(progress) -> None:
@@ -54,3 +56,14 @@ def test_live_view_has_the_stage_the_facts_and_the_best_points() -> None:
     text = stream.getvalue()
     for expected in ("done: database", "search", "1m1s left", "best so far (9)", "validation accuracy", "reference"):
         assert expected in text
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_table_is_whole_at_any_width(tmp_path: Path, width: int) -> None:
+    stream = io.StringIO()
+    front = load_front(build_run(tmp_path / "run"))
+    Console(file=stream, width=width).print(front_table(front, width))
+    text = stream.getvalue()
+    assert "…" not in text
+    assert "4.7x" in text
+    assert "all channels" in text

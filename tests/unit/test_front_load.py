@@ -41,9 +41,14 @@ def test_best_under_a_latency_budget_is_the_most_accurate(front: LoadedFront) ->
     assert front.best(max_latency_ms=0.2).id == max(fitting, key=lambda point: point.validation).id
 
 
-def test_best_under_a_drop_is_the_cheapest(front: LoadedFront) -> None:
+def test_best_under_a_drop_gains_most(front: LoadedFront) -> None:
     fitting = [point for point in front.points if point.drop <= 1.0]
-    assert front.best(max_drop=1.0).id == min(fitting, key=lambda point: point.latency_ms * point.size_bytes).id
+    assert front.best(max_drop=1.0).id == max(fitting, key=front.gain).id == "p06"
+
+
+def test_gain_is_a_share_of_the_best_on_each_axis(front: LoadedFront) -> None:
+    assert front.gain(front["p11"]) == pytest.approx(2.0)
+    assert front.gain(front.reference) == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from autocompress.front import load_front
 from autocompress.plan import CompressionPlan, LayerPlan, Student
-from autocompress.report import figures
+from autocompress.report import diagnostics, figures
 from autocompress.report.describe import describe_plan, highlights, verdict
 from autocompress.report.html import write_report
 from autocompress.report.space import SpaceSummary, read_space
@@ -109,8 +109,19 @@ def test_verdict_without_a_point_that_is_close(tmp_path: Path) -> None:
     front = make_front(12)
     front = front.model_copy(update={"points": front.points[-2:]})
     sentence, _ = verdict(load_front(build_run(tmp_path / "run", front)))
-    assert sentence.startswith("9.")
-    assert "points against the original" in sentence
+    assert sentence == "9.3x faster, 25x smaller at -5.06 points against the original."
+
+
+def test_the_headline_does_not_promise_on_test_what_held_on_validation(tmp_path: Path) -> None:
+    front = make_front(7)
+    last = front.points[-1]
+    unlucky = last.model_copy(
+        update={"quality": last.quality.model_copy(update={"validation": 0.9300, "test": 0.9100})}
+    )
+    front = front.model_copy(update={"points": (unlucky,)})
+    sentence, basis = verdict(load_front(build_run(tmp_path / "run", front)))
+    assert "at -1.75 points against the original" in sentence
+    assert "within 1 point on validation" in basis
 
 
 def test_each_highlighted_point_is_named_once(run: Path) -> None:
@@ -182,7 +193,7 @@ def test_the_table_has_the_original_first(run: Path) -> None:
 
 
 def test_prediction_error_is_relative_to_the_measurement(run: Path) -> None:
-    mean, worst = figures.prediction_error(load_front(run))
+    mean, worst = diagnostics.prediction_error(load_front(run))
     assert 0 < mean < worst < 0.06
 
 

@@ -1,0 +1,49 @@
+"""What a search would choose from, priced but not searched: ``--dry-run``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from autocompress.config import RunConfig
+from autocompress.graph.macs import count_macs
+from autocompress.graph.read import read_model
+from autocompress.hardware.cost import FittedCostModel
+from autocompress.hardware.profile import HardwareProfile
+from autocompress.search.menu import Menu
+from autocompress.spaces import SearchSpace
+from autocompress.tasks.base import Task
+
+
+def preview(config: RunConfig, space: SearchSpace, task: Task, profile: HardwareProfile) -> dict[str, Any]:
+    """The model as read, the menu, and what the plans at its corners are predicted to cost."""
+    graph, _ = read_model(task.model, task.example_inputs)
+    menu = Menu(graph, space, config.freeze, config.origin("freeze"))
+    skeleton = FittedCostModel(profile).lower(graph)
+    corners = {
+        "dense fp32": menu.uniform(1.0, "fp32", 32),
+        "uniform int8": menu.uniform(1.0, "int8", 8),
+        "half the channels, int8": menu.uniform(0.5, "int8", 8),
+        "least, int8 with 4-bit weights": menu.uniform(0.0, "int8", 4),
+    }
+    table = skeleton.price([menu.plan(choices) for choices in corners.values()])
+    macs, unsupported = count_macs(task.model, task.example_inputs)
+    return {
+        "task": task.name,
+        "model": task.model_name,
+        "layers": len(graph.compressible),
+        "parameters": graph.parameters(),
+        "macs": graph.macs(),
+        "macs_by_fvcore": macs,
+        "operators_fvcore_leaves_out": unsupported,
+        "channel_groups": {group.id: group.size for group in graph.groups},
+        "cannot_be_compressed": graph.skipped,
+        "knobs": len(menu.knobs),
+        "plans": f"10^{sum(math.log10(len(knob.options)) for knob in menu.knobs):.1f}",
+        "left_out": menu.dropped,
+        "hardware": profile.name,
+        "predicted": {
+            name: {"latency_ms": round(float(ms), 4), "size_bytes": int(size)}
+            for name, ms, size in zip(corners, table.latency_ms, table.size_bytes, strict=True)
+        },
+    }

@@ -1,0 +1,141 @@
+"""Measures delivered models again, from outside: plain sessions, the task's data, the numbers that were written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from autocompress.config import RunConfig, load_config
+from autocompress.errors import UsageError
+from autocompress.front import LoadedFront, Point, load_front
+from autocompress.progress import Progress
+from autocompress.runtime.kernels import executed_kernels
+from autocompress.runtime.onnxruntime import make_session, run_batches
+from autocompress.runtime.timing import measure_latency
+from autocompress.tasks.base import Task
+
+QUALITY_TOLERANCE = 0.002
+"""Two runtimes of one file may round differently: 0.2 points."""
+
+LATENCY_TOLERANCE = 0.15
+"""A shared machine gives another median each time; budgets are checked apart, without this allowance."""
+
+AGREEMENT = 0.99
+BATCH = 250
+SECONDS_EACH = 0.6
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked again."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def verify_path(path: Path, load: Callable[[RunConfig], Task], progress: Progress) -> list[Check]:
+    """Verifies a whole run, or the one delivered model whose ``model.onnx`` is given.
+
+    Args:
+        path: a run directory, or ``model.onnx`` in one of its model folders.
+        load: gives the task of a run's configuration.
+        progress: told how far it is.
+
+    Raises:
+        UsageError: there is nothing to verify at the path.
+    """
+    if path.is_dir():
+        front = load_front(path)
+        points = [front.reference, *front.baselines, *front.points]
+        checks = [_manifest(path)]
+    else:
+        run = path.resolve().parent.parent.parent
+        if path.name != "model.onnx" or not (run / "front.json").is_file():
+            raise UsageError(f"{path} is not RUN/models/ID/model.onnx of a run: there is nothing to compare it with")
+        front = load_front(run)
+        chosen = front[path.resolve().parent.name]
+        points = [chosen] if chosen.id == front.reference.id else [front.reference, chosen]
+        checks = []
+    task = load(load_config(front.path / "config.yaml", {}))
+    progress.stage("verify", len(points))
+    for point in points:
+        checks += _point(point, task)
+        progress.advance()
+    return checks + _latencies(front, points, progress)
+
+
+def _manifest(run: Path) -> Check:
+    path = run / "manifest.json"
+    if not path.is_file():
+        return Check("manifest", False, "manifest.json is missing")
+    wrong = [
+        name
+        for name, digest in json.loads(path.read_text(encoding="utf-8")).items()
+        if not (run / name).is_file() or hashlib.sha256((run / name).read_bytes()).hexdigest() != digest
+    ]
+    return Check(
+        "manifest", not wrong, "all files as delivered" if not wrong else f"changed or missing: {', '.join(wrong)}"
+    )
+
+
+def _point(point: Point, task: Task) -> list[Check]:
+    checks = []
+    onnx.checker.check_model(str(point.onnx_path), full_check=True)
+    size = point.onnx_path.stat().st_size
+    checks.append(Check(f"{point.id}: size", size == point.size_bytes, f"{size} bytes"))
+    session = make_session(point.onnx_path)
+    for split, written in (("validation", point.validation), ("test", point.test)):
+        data = task.split(split)
+        batches = (data.batch(slice(i, i + BATCH)).inputs[0].numpy() for i in range(0, len(data), BATCH))
+        outputs = torch.from_numpy(run_batches(session, batches))
+        found = float(task.score(outputs, data.targets).double().mean())
+        ok = abs(found - written) <= QUALITY_TOLERANCE
+        checks.append(Check(f"{point.id}: {split}", ok, f"{found:.4f}, written {written:.4f}"))
+    kernels = dict(executed_kernels(point.onnx_path).counts)
+    checks.append(
+        Check(f"{point.id}: kernels", kernels == point.info.kernels, ", ".join(f"{k} {v}" for k, v in kernels.items()))
+    )
+    if point.info.checkpoint is not None:
+        samples = task.split("validation").batch(slice(0, BATCH)).inputs[0]
+        with torch.no_grad():
+            rebuilt = point.load()(samples)
+        agreement = _agreement(rebuilt.numpy(), run_batches(session, [samples.numpy()]))
+        checks.append(
+            Check(f"{point.id}: checkpoint", agreement >= AGREEMENT, f"agrees with the artifact on {agreement:.1%}")
+        )
+    return checks
+
+
+def _agreement(a: np.ndarray, b: np.ndarray) -> float:
+    if a.ndim == 2:
+        return float((a.argmax(1) == b.argmax(1)).mean())
+    return float(np.isclose(a, b, rtol=1e-2, atol=1e-2).mean())
+
+
+def _latencies(front: LoadedFront, points: list[Point], progress: Progress) -> list[Check]:
+    target = front.front.target
+    stats = measure_latency(
+        {point.id: point.onnx_path for point in points},
+        threads=target.threads,
+        batch=target.batch,
+        seconds_each=SECONDS_EACH,
+        progress=progress,
+    )
+    limit = front.front.constraints.get("latency_ms")
+    delivered = {point.id for point in front.points}
+    checks = []
+    for point in points:
+        found, written = stats[point.id].median_ms, point.latency_ms or 0.0
+        ok = abs(found - written) <= LATENCY_TOLERANCE * written
+        checks.append(Check(f"{point.id}: latency", ok, f"{found:.4g} ms, written {written:.4g} ms"))
+        if limit is not None and point.id in delivered:
+            checks.append(Check(f"{point.id}: budget", found <= limit, f"{found:.4g} ms of {limit:g} ms"))
+    return checks
