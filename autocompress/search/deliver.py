@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -230,11 +231,13 @@ class Delivery:
         return [p.model_copy(update={"tied_with": labels[p.id]}) for p in kept], rejected
 
     def _values(self, point: FrontPoint) -> list[float]:
-        error = error_of(self.task.metric, point.quality.validation)
-        found = {"error": error, "latency_ms": latency_of(point)}
-        return [float(found[o] if o in found else getattr(point, o)) for o in self.objectives]  # type: ignore[arg-type]
+        named = {"error": error_of(self.task.metric, point.quality.validation), "latency_ms": latency_of(point)}
+        values = [named[name] if name in named else getattr(point, name) for name in self.objectives]
+        return [float("nan") if value is None else float(value) for value in values]
 
-    def publish(self, status: str, trials: int, seconds: float, stages: Mapping[str, float]) -> Front:
+    def publish(
+        self, status: Literal["running", "complete"], trials: int, seconds: float, stages: Mapping[str, float]
+    ) -> Front:
         """Brings the run directory up to date: models first, then ``front.json`` renamed into place.
 
         Models that left the front are removed only after the new ``front.json`` stands.
@@ -247,7 +250,7 @@ class Delivery:
             self._place(point)
         front = Front(
             version=1,
-            status=status,  # type: ignore[arg-type]
+            status=status,
             verified=True,
             task=self.task.name,
             model=self.task.model_name,
@@ -317,6 +320,6 @@ class Delivery:
         limits = ", ".join(f"{name} <= {limit:g}" for name, limit in self.limits.items())
         return (
             f"no compressed model keeps the budgets ({limits}); nearest: {nearest.id} with "
-            f"{nearest.latency_ms.measured:.4g} ms, {nearest.size_bytes / 1e6:.4g} MB and {self._drop(nearest):.2f} points "
-            f"of validation quality lost, which breaks {broken}"
+            f"{nearest.latency_ms.measured:.4g} ms, {nearest.size_bytes / 1e6:.4g} MB and "
+            f"{self._drop(nearest):.2f} points of validation quality lost, which breaks {broken}"
         )

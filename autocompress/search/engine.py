@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from autocompress.search.files import Clock, read_json, write_text
 from autocompress.search.ladder import RecipeStudy, RecoveryForecast, best_gain, box
 from autocompress.search.menu import Menu, complete, format_of, formats_of
 from autocompress.search.recover import Climbed, Recovered, Trainer, load_recovered, save_recovered
-from autocompress.search.seeds import Sensitivity, dp_front, measure_sensitivity, uniform_seeds
+from autocompress.search.seeds import FORMATS, Sensitivity, dp_front, measure_sensitivity, uniform_seeds
 from autocompress.search.study import PlanStudy, Scored
 from autocompress.search.variants import variants
 from autocompress.spaces import SearchSpace
@@ -177,10 +177,7 @@ class Engine:
 
     def _check_reachable(self) -> None:
         """Ends early where even the cheapest plan is far over budget as predicted."""
-        cheap = []
-        for compute, bits in (("int8", 4), ("fp32", 4), ("int8", 8), ("fp32", 8), ("fp32", 32)):
-            choices = self.menu.uniform(0.0, compute, bits)
-            cheap.append(self.menu.plan(choices))
+        cheap = [self.menu.plan(self.menu.uniform(0.0, compute, bits)) for compute, bits in FORMATS]
         costs = [self._price(plan) for plan in cheap]
         for name, limit in self.limits.items():
             if name == "drop":
@@ -299,19 +296,19 @@ class Engine:
                 break
             # Students come after the first stitched structures: a short run ends with something good either way.
             take = students and index >= min(2, slots - len(students))
-            structure = students.pop(0) if take else self._next_structure()
-            if structure is None:
+            entrant = students.pop(0) if take else self._next_structure()
+            if entrant is None:
                 break
-            self._climb(structure, rung=1, steps=STEPS_FIRST, seconds=first_s)
+            self._climb(entrant, rung=1, steps=STEPS_FIRST, seconds=first_s)
         available = max(0.0, self.clock.left - self._reserve()) if timed else math.inf
         second_s = available / max(promotions, 1) if timed else None
         for _ in range(promotions):
             if timed and self.clock.left < self._reserve() + 3.0:
                 break
-            structure = self._promoted()
-            if structure is None:
+            best = self._promoted()
+            if best is None:
                 break
-            self._climb(structure, rung=2, steps=STEPS_SECOND, seconds=second_s)
+            self._climb(best, rung=2, steps=STEPS_SECOND, seconds=second_s)
 
     def _resume_structures(self) -> dict[int, int]:
         """Takes up the recoveries of an interrupted run; gives how many there were at each rung."""
@@ -518,7 +515,7 @@ class Engine:
         if math.isfinite(self.clock.left):
             self.progress.note(seconds_left=max(0.0, self.clock.left))
 
-    def _publish(self, status: str) -> Front:
+    def _publish(self, status: Literal["running", "complete"]) -> Front:
         self.clock.save()
         return self.delivery.publish(status, self.trials, self.clock.spent, self.stages)
 

@@ -50,7 +50,7 @@ class RecoveryForecast:
         slope, offset = np.polyfit(x, y, 1, w=weights)
         slope = float(np.clip(slope, 0.1, 1.5))
         offset = float(np.average(y - slope * x, weights=weights))
-        return np.exp(offset + slope * np.log(np.maximum(divergence, 1e-4)))
+        return np.asarray(np.exp(offset + slope * np.log(np.maximum(divergence, 1e-4))))
 
 
 def box(drop: float, latency: float, size: float, reference: tuple[float, float], span: float) -> list[float]:

@@ -18,6 +18,7 @@ from autocompress.patterns import match_layers
 from autocompress.plan import (
     FLOAT32,
     CompressionPlan,
+    Compute,
     Group,
     Layer,
     LayerPlan,
@@ -57,10 +58,10 @@ class Knob:
     options: tuple[Option, ...]
 
 
-def format_of(compute: str, bits: int) -> LayerPlan:
+def format_of(compute: Compute, bits: int) -> LayerPlan:
     """A layer plan from its two choices; 32 bits are floating point."""
     storage = FLOAT32 if bits == 32 else NumFormat(bits=bits)
-    return LayerPlan(compute=compute, storage=storage)  # type: ignore[arg-type]
+    return LayerPlan(compute=compute, storage=storage)
 
 
 def keep_counts(size: int, shares: Iterable[float]) -> tuple[int, ...]:
@@ -172,7 +173,7 @@ class Menu:
             result.append(best)
         return tuple(result)
 
-    def uniform(self, share: float, compute: str, bits: int) -> tuple[int, ...]:
+    def uniform(self, share: float, compute: Compute, bits: int) -> tuple[int, ...]:
         """Every knob at the same share of channels and the same format, as near as its menu allows."""
         layers = {layer: format_of(compute, bits) for knob in self.knobs for layer in knob.layers}
         groups = {g.id: max(1, round(g.size * share)) for g in self.graph.groups}

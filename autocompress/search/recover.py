@@ -177,7 +177,7 @@ def save_recovered(recovered: Recovered, climbed: Climbed, path: Path) -> None:
 def load_recovered(path: Path) -> tuple[Recovered, Climbed] | None:
     """Reads what ``save_recovered`` wrote; None where the file is no use."""
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
         facts = json.loads(metadata["facts"])
         recovered = Recovered(

@@ -1,4 +1,4 @@
-"""Plans to start from: uniform ones, and a front by dynamic programming over single-swap sensitivities (SPDY, 2201.13096)."""
+"""Plans to start from: uniform ones, and a front by dynamic programming over sensitivities (SPDY, 2201.13096)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from autocompress.plan import CompressionPlan, LayerPlan
+from autocompress.plan import CompressionPlan, Compute, LayerPlan
 from autocompress.progress import Progress
 from autocompress.search.menu import Menu
 
@@ -34,7 +34,8 @@ def measure_sensitivity(menu: Menu, judge: Callable[[CompressionPlan], float], p
     """Evaluates each width and each format of each knob on its own; an option counts as the sum of its two parts."""
     dense = list(menu.uniform(1.0, "fp32", 32))
     tasks = [
-        (k, sorted({o.keep or 0 for o in knob.options}), _formats(knob.options)) for k, knob in enumerate(menu.knobs)
+        (k, sorted({o.keep or 0 for o in knob.options}), list(dict.fromkeys(o.format for o in knob.options)))
+        for k, knob in enumerate(menu.knobs)
     ]
     progress.stage("sensitivity", sum(len(widths) + len(formats) for _, widths, formats in tasks))
     rows = []
@@ -55,10 +56,6 @@ def measure_sensitivity(menu: Menu, judge: Callable[[CompressionPlan], float], p
         by_format = {form: loss(whole.keep or 0, form) for form in formats}
         rows.append(np.array([by_width[o.keep or 0] + by_format[o.format] for o in options]))
     return Sensitivity(tuple(rows))
-
-
-def _formats(options: Sequence[object]) -> list[LayerPlan]:
-    return list(dict.fromkeys(o.format for o in options))  # type: ignore[attr-defined]
 
 
 def knapsack(losses: Sequence[Array], costs: Sequence[Array], budgets: Sequence[float]) -> list[tuple[int, ...]]:
@@ -140,8 +137,11 @@ def _marginal_costs(menu: Menu, centre: Sequence[int], price: Pricer) -> list[Ar
     return [row + rest / len(rows) for row in rows]
 
 
+FORMATS: tuple[tuple[Compute, int], ...] = (("fp32", 32), ("int8", 8), ("int8", 4), ("fp32", 8), ("fp32", 4))
+
+
 def uniform_seeds(menu: Menu) -> Iterator[tuple[int, ...]]:
     """Dense, uniform int8 and 4-bit, and uniform widths in each format."""
     for share in (1.0, 0.75, 0.5, 0.375, 0.25):
-        for compute, bits in (("fp32", 32), ("int8", 8), ("int8", 4), ("fp32", 8), ("fp32", 4)):
+        for compute, bits in FORMATS:
             yield menu.uniform(share, compute, bits)

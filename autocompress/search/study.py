@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import optuna
 import pandas as pd
-import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.plan import CompressionPlan
@@ -118,7 +117,7 @@ class PlanStudy:
                 trial.set_user_attr(SAME_AS, known.number)
             else:
                 result = evaluate(plan)
-        except (RuntimeError, ValueError, FloatingPointError, torch.linalg.LinAlgError) as error:
+        except (RuntimeError, ValueError, ArithmeticError) as error:
             logger.warning("trial %d failed: %s", trial.number, error)
             trial.set_user_attr("failure", f"{type(error).__name__}: {error}"[:500])
             self.study.tell(trial, state=TrialState.FAIL)

@@ -51,7 +51,7 @@ def variants(graph: ModelGraph, skeleton: Skeleton, plan: CompressionPlan, allow
     Variants that are predicted both slower and larger than another one are left out.
     """
     total = sum(graph.tensors[layer.inputs[1]].elements for layer in graph.compressible)
-    found = {}
+    found: dict[str, CompressionPlan] = {}
     proposals = [plan] if plan.layers else []
     for bits in (8, 4):
         layers = {}
