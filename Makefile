@@ -14,7 +14,7 @@ export PIP_PROGRESS_BAR := off
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHECKED := autocompress tests $(wildcard benchmarks)
 
-.PHONY: help install install-test quickstart test lint types contracts format clean
+.PHONY: help install install-test quickstart test lint types contracts format bench-digits bench-fashion bench-budget bench-resume clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | column -t -s "$$(printf '\t')"
@@ -63,6 +63,18 @@ contracts: install-test  ## import-linter: imports point only downwards
 format: install-test  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
+
+bench-digits: install  ## three seeds of the embedded default against the bars, about 6 minutes
+	$(BIN)/python -m benchmarks.fronts digits
+
+bench-fashion: install  ## ResNet-20 on Fashion-MNIST, 15 minutes (and training the original once)
+	$(BIN)/python -m benchmarks.fronts fashion
+
+bench-budget: bench-digits  ## a latency budget, measured again from outside
+	$(BIN)/python -m benchmarks.fronts budget
+
+bench-resume: install  ## ten SIGKILLs at random moments, resumed each time
+	$(BIN)/python -m benchmarks.kill_resume
 
 clean:  ## remove the environment, caches and the quickstart's results
 	rm -rf $(VENV) $(QUICKSTART) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

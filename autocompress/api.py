@@ -19,12 +19,15 @@ from autocompress.progress import Progress, SilentProgress
 from autocompress.rundir import open_run_directory
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from autocompress.tasks.base import Task
 
 __all__ = ["load_front", "load_point", "report", "search", "verify"]
 
 logger = logging.getLogger(__name__)
 
+RUNTIME = "onnxruntime"
 MORE_S = 15.0
 """A finished run goes on when resumed with at least this many seconds more."""
 
@@ -82,7 +85,7 @@ def search(config: RunConfig | None = None, *, progress: Progress | None = None,
             profile = type(profile).load(stored)
         else:
             profile.save(stored)
-        engine = Engine(config, prepared.space, prepared.task, profile, run, clock, progress)
+        engine = Engine(config, prepared.space, prepared.task, prepared.teacher, profile, run, clock, progress)
         try:
             engine.execute()
         finally:
@@ -115,6 +118,7 @@ class _Prepared:
         _check_supported(config)
         self.space = load_space(config.space)
         self.task = task_of(config, progress)
+        self.teacher = teacher_of(config, self.task, progress)
         self.profile = load_hardware(config.hardware, config.threads, config.batch, progress=progress)
 
 
@@ -139,17 +143,24 @@ def task_of(config: RunConfig, progress: Progress) -> Task:
         )
 
 
+def teacher_of(config: RunConfig, task: Task, progress: Progress) -> nn.Module:
+    """The model that teaches: another one of the same task where ``teacher`` names it, else the original."""
+    if config.teacher is None:
+        return task.model
+    with config.citing("teacher"):
+        return task_of(config.model_copy(update={"model": config.teacher, "weights": None}), progress).model
+
+
 def _prepare(config: RunConfig, progress: Progress) -> _Prepared:
     """Everything that can fail for a reason of the caller's, before a run directory is made."""
     return _Prepared(config, progress)
 
 
 def _check_supported(config: RunConfig) -> None:
-    if config.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UsageError(f"{config.origin('device')}: 'cuda' was given, but torch sees no CUDA device; use cpu")
+    if config.runtime != RUNTIME:
+        raise UsageError(f"{config.origin('runtime')}: unknown runtime {config.runtime!r}; known: {RUNTIME}")
+    if config.device != "cpu":
+        raise UsageError(f"{config.origin('device')}: training on {config.device!r} is not there yet; use cpu")
     if config.max_energy_mj is not None or "energy_mj" in config.objectives:
         raise UsageError("energy is not known for this hardware: its profile has no figures; leave energy out")
 

@@ -228,10 +228,10 @@ class Recipe(Value):
 
     steps: int = 0
     qat_steps: int = 0
-    alpha: float = 0.9
-    temperature: float = 4.0
+    alpha: float = 0.5
+    temperature: float = 2.0
     feature_weight: float = 0.0
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-2
 
 
 class CompressionPlan(Value):

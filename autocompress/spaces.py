@@ -62,10 +62,10 @@ class Students(_Section):
 class Distillation(_Section):
     """Settings that recovery may choose: see :class:`autocompress.plan.Recipe`."""
 
-    alpha: tuple[float, ...] = (0.9,)
-    temperature: tuple[float, ...] = (4.0,)
+    alpha: tuple[float, ...] = (0.5,)
+    temperature: tuple[float, ...] = (2.0,)
     feature_weight: tuple[float, ...] = (0.0,)
-    learning_rate: tuple[float, ...] = (1e-3,)
+    learning_rate: tuple[float, ...] = (1e-2,)
 
     @field_validator("alpha")
     @classmethod

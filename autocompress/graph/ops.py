@@ -41,12 +41,13 @@ def _elementwise(name: str, function: Callable[..., Any]) -> None:
     OPERATORS[name] = apply
 
 
-for _name, _function in {
+_ELEMENTWISE: dict[str, Operator] = {
     "Relu": F.relu, "Sigmoid": torch.sigmoid, "Tanh": torch.tanh, "HardSwish": F.hardswish, "Erf": torch.erf,
     "Sqrt": torch.sqrt, "Reciprocal": torch.reciprocal, "Exp": torch.exp, "Neg": torch.neg, "Abs": torch.abs,
     "Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Div": torch.div, "Pow": torch.pow, "MatMul": torch.matmul,
     "Identity": lambda x: x, "Equal": torch.eq, "Where": torch.where, "Softplus": F.softplus, "Mish": F.mish,
-}.items():  # fmt: skip
+}  # fmt: skip
+for _name, _function in _ELEMENTWISE.items():
     _elementwise(_name, _function)
 
 
@@ -56,7 +57,7 @@ def _ints(values: Any) -> list[int]:
 
 def _padded(x: torch.Tensor, attributes: Attributes, dims: int, value: float = 0.0) -> tuple[torch.Tensor, list[int]]:
     """Gives the symmetric padding of an operator, padding explicitly first where it is not symmetric."""
-    pads: list[int] = _ints(attributes.get("pads", (0,) * (2 * dims)))  # type: ignore[arg-type]
+    pads: list[int] = _ints(attributes.get("pads", (0,) * (2 * dims)))
     before, after = pads[:dims], pads[dims:]
     if before == after:
         return x, before
@@ -70,8 +71,8 @@ def _conv(
 ) -> torch.Tensor:
     dims = weight.dim() - 2
     x, padding = _padded(x, attributes, dims)
-    strides = _ints(attributes.get("strides", (1,) * dims))  # type: ignore[arg-type]
-    dilations = _ints(attributes.get("dilations", (1,) * dims))  # type: ignore[arg-type]
+    strides = _ints(attributes.get("strides", (1,) * dims))
+    dilations = _ints(attributes.get("dilations", (1,) * dims))
     convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
     return convolve(x, weight, bias, strides, padding, dilations, int(attributes.get("group", 1)))  # type: ignore[arg-type]
 
@@ -152,18 +153,18 @@ def _global_average_pool(attributes: Attributes, x: torch.Tensor) -> torch.Tenso
 
 @operator("MaxPool")
 def _max_pool(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
-    kernel = _ints(attributes["kernel_shape"])  # type: ignore[arg-type]
+    kernel = _ints(attributes["kernel_shape"])
     x, padding = _padded(x, attributes, len(kernel), value=float("-inf"))
-    strides = _ints(attributes.get("strides", (1,) * len(kernel)))  # type: ignore[arg-type]
-    dilations = _ints(attributes.get("dilations", (1,) * len(kernel)))  # type: ignore[arg-type]
+    strides = _ints(attributes.get("strides", (1,) * len(kernel)))
+    dilations = _ints(attributes.get("dilations", (1,) * len(kernel)))
     return F.max_pool2d(x, kernel, strides, padding, dilations, ceil_mode=bool(attributes.get("ceil_mode", 0)))
 
 
 @operator("AveragePool")
 def _average_pool(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
-    kernel = _ints(attributes["kernel_shape"])  # type: ignore[arg-type]
+    kernel = _ints(attributes["kernel_shape"])
     x, padding = _padded(x, attributes, len(kernel))
-    strides = _ints(attributes.get("strides", (1,) * len(kernel)))  # type: ignore[arg-type]
+    strides = _ints(attributes.get("strides", (1,) * len(kernel)))
     return F.avg_pool2d(
         x, kernel, strides, padding, bool(attributes.get("ceil_mode", 0)), bool(attributes.get("count_include_pad", 0))
     )
@@ -199,7 +200,7 @@ def _reshape(attributes: Attributes, x: torch.Tensor, shape: torch.Tensor) -> to
 
 @operator("Transpose")
 def _transpose(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
-    return x.permute(_ints(attributes.get("perm", tuple(reversed(range(x.dim()))))))  # type: ignore[arg-type]
+    return x.permute(_ints(attributes.get("perm", tuple(reversed(range(x.dim()))))))
 
 
 @operator("Concat")
@@ -255,7 +256,7 @@ def _unsqueeze(attributes: Attributes, x: torch.Tensor, axes: torch.Tensor) -> t
 
 @operator("Expand")
 def _expand(attributes: Attributes, x: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
-    return x.expand(torch.broadcast_shapes(x.shape, tuple(_ints(shape.tolist()))))
+    return x.expand(torch.broadcast_shapes(x.shape, tuple(_ints(shape.tolist()))))  # type: ignore[no-untyped-call]
 
 
 @operator("Shape")

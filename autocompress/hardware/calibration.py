@@ -7,19 +7,21 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import lsq_linear
 
-from autocompress.hardware.kernels import FAMILIES
+from autocompress.hardware.kernels import FAMILIES, MEMORY
 
 SIZE_COUNTS = ("file", "int8_layers", "int8_tensors", "packed_layers", "int4_layers")
 """What the bytes of an artifact beside its stored numbers depend on: names, nodes, scales."""
 
 DEFAULT_SIZE_COEFFICIENTS = (1200.0, 110.0, 70.0, 80.0, 30.0)
 
-_SCALE_SPREAD = 0.2
-"""How far from the profile's a family's scale is expected to lie for one model: the strength of the ridge."""
+_SCALE_SPREAD = {family: 0.2 for family in FAMILIES} | {MEMORY: 0.6}
+"""How far from the profile's a family's scale is expected to lie for one model: the strength of the ridge.  What a
+cache keeps depends on the machine's other work too, so there the profile says least."""
 
 _PER_KERNEL_SPREAD_US = 0.5
 _PER_RUN_SPREAD_US = 10.0
-_NOISE = 0.02
+_NOISE = 0.05
+"""What the kernels' costs miss of a whole model, as a fraction: nearer than this no observation is followed."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,6 @@ def fit_latency(
     kernels: np.ndarray,
     latency_us: np.ndarray,
     prior: Calibration,
-    spreads: tuple[float, float, float] = (_SCALE_SPREAD, _PER_KERNEL_SPREAD_US, _PER_RUN_SPREAD_US),
 ) -> tuple[tuple[float, ...], float, float]:
     """Least squares on relative errors, drawn towards the prior; scales stay non-negative.
 
@@ -57,7 +58,6 @@ def fit_latency(
         kernels: ``[models]`` numbers of kernels.
         latency_us: ``[models]`` measured.
         prior: what holds as long as the observations say nothing else.
-        spreads: how far scales, microseconds a kernel and microseconds a run may plausibly lie from the prior.
 
     Returns:
         The scales, microseconds a kernel, microseconds a run.
@@ -66,7 +66,7 @@ def fit_latency(
     rows = columns / latency_us[:, None] / _NOISE
     centre = np.array([*prior.scales, prior.per_kernel_us, prior.per_run_us])
     families = family_us.shape[1]
-    width = np.array([spreads[0]] * families + [spreads[1], spreads[2]])
+    width = np.array([*_SCALE_SPREAD.values(), _PER_KERNEL_SPREAD_US, _PER_RUN_SPREAD_US])
     left = np.vstack([rows, np.diag(1.0 / width)])
     right = np.concatenate([np.full(len(kernels), 1.0 / _NOISE), centre / width])
     low = np.array([0.0] * families + [-np.inf, -np.inf])

@@ -66,7 +66,8 @@ def fit_kernels(models: Sequence[MeasuredModel], cache_mb: float | None = None) 
 
     Args:
         models: what was measured.
-        cache_mb: weights beyond this in all cost extra; whichever of ``CACHES_MB`` fits best where none is given.
+        cache_mb: models whose weights outgrow this pay for them; where none is given, the one of ``CACHES_MB`` that
+            fits best.
     """
     if cache_mb is None:
         return min((fit_kernels(models, cache) for cache in CACHES_MB), key=lambda fit: fit.residual)

@@ -152,8 +152,13 @@ def move_work(read_bytes: Number, written_bytes: Number) -> Work:
 
 
 def cold_megabytes(weight_bytes: Number, cache_mb: float) -> Number:
-    """Megabytes of a model's weights that have left a cache of that size when they are needed again."""
-    return np.maximum(weight_bytes * 1e-6 - cache_mb, 0.0)
+    """Megabytes of a model's weights that have left a cache of that size when they are needed again.
+
+    A run reads all weights in order, so a cache that keeps what was used last keeps none of them once they outgrow it:
+    from none at its size to all at twice its size.
+    """
+    megabytes = weight_bytes * 1e-6
+    return megabytes * np.clip(megabytes / cache_mb - 1.0, 0.0, 1.0)
 
 
 def cost_us(coefficients: tuple[float, ...], work: Work) -> Number:

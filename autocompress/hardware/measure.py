@@ -25,11 +25,11 @@ from autocompress.hardware.profile import (
     Validity,
     cpu_description,
     local_path,
-    weight_cache_mb,
 )
 from autocompress.hardware.reading import ProfiledSession, TimedKernel, packed_block
 from autocompress.hardware.synthetic import (
     GraphMaker,
+    heavy_net,
     inverted_net,
     plain_net,
     random_formats,
@@ -59,11 +59,14 @@ _SPECS: tuple[tuple[Builder, tuple[int, ...], tuple[int, int]], ...] = (
 """Family, image sizes, range of the first width: small images and narrow layers most of all, with some of every kind
 up to those of large networks, where weights no longer fit the caches."""
 
+_HEAVY = ((256, 3, "fp32"), (512, 1, "fp32"), (512, 2, "fp32"), (512, 4, "fp32"), (512, 2, "int8"), (512, 5, "int8"))
+"""Channels, depth and format of the models that show what weights beyond the caches cost."""
+
 _STYLES = ("fp32", "int8", "mixed", "runs")
-_MODELS = 45
-_ROUNDS = 10
-_RUNS = 8
-_SECONDS_EACH = 0.16
+_MODELS = 42
+_ROUNDS = 8
+_RUNS = 6
+_SECONDS_EACH = 0.12
 _SEED = 20
 
 
@@ -129,8 +132,7 @@ def measure_profile(
         for kernels, stats in zip(measured, latencies, strict=True)
         if kernels
     ]
-    cache_mb = weight_cache_mb(threads)
-    fit = fit_kernels(results, cache_mb)
+    fit = fit_kernels(results)
     repeat = [abs(b.median_ms / a.median_ms - 1.0) for a, b in zip(latencies, again, strict=False)]
     channels = [tensor.shape[0] for s in samples for tensor in s.graph.tensors.values() if len(tensor.shape) == 3]
     sizes = [s.input_shape[-1] for s in samples]
@@ -143,7 +145,7 @@ def measure_profile(
         nchwc_block=block,
         kernels=fit.kernels,
         end_to_end=fit.end_to_end,
-        holdout=hold_out(results, cache_mb),
+        holdout=hold_out(results, fit.end_to_end.cache_mb),
         repeat_floor=round(float(np.median(repeat)), 4),
         validity=Validity(
             latency_ms=(round(min(latency), 4), round(max(latency), 4)),
@@ -169,6 +171,10 @@ def _samples(count: int, rng: np.random.Generator) -> list[_Sample]:
         size = int(rng.choice(sizes))
         graph = family(rng, size, widths, odd=index % 5 == 4)
         style = _STYLES[(index % len(_SPECS) + index // len(_SPECS)) % len(_STYLES)]
+        model = to_onnx(random_model(graph, random_formats(graph, rng, style), rng))
+        samples.append(_Sample(graph, model.SerializeToString(), graph.tensors["input"].shape))
+    for channels, depth, style in _HEAVY if count >= _MODELS else ():
+        graph = heavy_net(channels, depth)
         model = to_onnx(random_model(graph, random_formats(graph, rng, style), rng))
         samples.append(_Sample(graph, model.SerializeToString(), graph.tensors["input"].shape))
     return samples
@@ -207,6 +213,6 @@ def _time_whole(
             paths[str(index)] = Path(folder) / f"{index}.onnx"
             paths[str(index)].write_bytes(sample.model)
         first = measure_latency(paths, threads=threads, batch=batch, seconds_each=_SECONDS_EACH, progress=progress)
-        few = {name: paths[name] for name in list(paths)[:8]}
+        few = {name: paths[name] for name in list(paths)[:6]}
         second = measure_latency(few, threads=threads, batch=batch, seconds_each=_SECONDS_EACH, progress=progress)
     return [first[name] for name in paths], [second[name] for name in few]

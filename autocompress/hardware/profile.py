@@ -58,7 +58,7 @@ class KernelCost(Value):
 class EndToEnd(Value):
     """From kernel times to the latency of a run: scales by family, a correction a kernel, and a constant a run.
 
-    Weights beyond ``cache_mb`` in all have left the fast caches when a run comes back to them: each further megabyte
+    The weights of a model larger than ``cache_mb`` have left the cache when a run comes back to them: each megabyte
     costs ``per_cold_mb_us`` on top.
     """
 
@@ -66,7 +66,7 @@ class EndToEnd(Value):
     per_kernel_us: float = 0.0
     per_run_us: float = 0.0
     per_cold_mb_us: float = Field(default=0.0, ge=0)
-    cache_mb: float = Field(default=1.0, ge=0)
+    cache_mb: float = Field(default=16.0, gt=0)
 
 
 class HoldOut(Value):
@@ -178,16 +178,6 @@ def cpu_description() -> str:
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
     present = (fields.get("flags") or fields.get("Features") or "").split()
     return ", ".join([name, *details, *(flag for flag in wanted if flag in present)])
-
-
-def weight_cache_mb(threads: int = 1) -> float:
-    """Megabytes of second-level cache that the threads of a run have between them; 1 a thread where it is unknown."""
-    try:
-        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text(encoding="utf-8").strip()
-        kilobytes = float(text.removesuffix("K").removesuffix("M")) * (1024 if text.endswith("M") else 1)
-    except (OSError, ValueError):
-        kilobytes = 1024.0
-    return threads * kilobytes / 1000
 
 
 def cache_directory() -> Path:

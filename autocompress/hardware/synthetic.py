@@ -185,6 +185,15 @@ def plain_net(
     return make.build(make.gemm(hidden, 10))
 
 
+def heavy_net(channels: int, depth: int, size: int = 6) -> ModelGraph:
+    """Wide convolutions on small images: almost nothing but weights, which outgrow the caches as depth grows."""
+    make = GraphMaker()
+    x = make.tensor("input", (channels, size, size))
+    for _ in range(depth):
+        x = make.relu(make.conv(x, channels, 3))
+    return make.build(make.head(x, 10))
+
+
 def random_formats(graph: ModelGraph, rng: np.random.Generator, style: str) -> dict[str, LayerPlan]:
     """``fp32``, ``int8``, ``mixed`` (each layer by chance) or ``runs`` (stretches of one type)."""
     names = [layer.name for layer in graph.compressible]

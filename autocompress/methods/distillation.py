@@ -148,7 +148,9 @@ def distill(
     mixed_precision: bool = True,
     progress: Progress | None = None,
 ) -> int:
-    """Trains a module in place against cached teacher outputs; the learning rate rises for 10% and falls along a cosine.
+    """Trains a module in place against cached teacher outputs.
+
+    The learning rate rises over the first tenth and falls along a cosine.
 
     Args:
         seconds: where given, training ends when they are over, the schedule being stretched to end with them.

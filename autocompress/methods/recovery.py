@@ -48,7 +48,8 @@ def fold_norms(module: GraphModule) -> None:
         norm = module.norm_of(layer)
         if not isinstance(norm, nn.BatchNorm2d):
             continue
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         gain = norm.weight / (norm.running_var + norm.eps).sqrt()
         weight, bias = module.weight(layer.inputs[1]), module.weight(layer.inputs[2])
         with torch.no_grad():

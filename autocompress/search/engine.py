@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from autocompress.config import RunConfig
 from autocompress.errors import InfeasibleError, UsageError
@@ -92,6 +93,7 @@ class Engine:
         config: what was asked for.
         space: the search space it names.
         task: model and data.
+        teacher: the model that candidates are distilled from.
         profile: the target device.
         run: the run directory.
         clock: of the time budget.
@@ -103,12 +105,14 @@ class Engine:
         config: RunConfig,
         space: SearchSpace,
         task: Task,
+        teacher: nn.Module,
         profile: HardwareProfile,
         run: Path,
         clock: Clock,
         progress: Progress,
     ) -> None:
         self.config, self.space, self.task, self.run = config, space, task, run
+        self.teacher = teacher
         self.profile, self.clock, self.progress = profile, clock, progress
         self.cost_model = FittedCostModel(profile)
         self.limits = config.budgets
@@ -279,8 +283,11 @@ class Engine:
         done = self._resume_structures()
         if timed and self.clock.left < self._reserve() + 5.0:
             return
-        teacher = teach(self.dense, self.task.split("train"), self.task.augmentation.flip, self.progress)
-        self.trainer = Trainer(self.task, teacher, self.config.seed, repeatable=not timed)
+        teacher = self.dense
+        if self.teacher is not self.task.model:
+            teacher = build_module(*read_model(self.teacher, self.task.example_inputs))
+        taught = teach(teacher, self.task.split("train"), self.task.augmentation.flip, self.progress)
+        self.trainer = Trainer(self.task, taught, self.config.seed, repeatable=not timed)
         self.recipes = RecipeStudy(self.storage, self.space.distillation, self.config.seed)
         for structure in self.structures.values():
             self._export(structure, None)

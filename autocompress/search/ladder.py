@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 from autocompress.pareto import hypervolume
 from autocompress.plan import Recipe
 from autocompress.search.scoring import SHRINK_SPAN, SPEED_SPAN
+from autocompress.search.study import open_storage
 from autocompress.spaces import Distillation
 
 PRIOR_GAP, PRIOR_POWER = 0.02, 0.5
@@ -75,7 +76,7 @@ class RecipeStudy:
     def __init__(self, storage: str, options: Distillation, seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.options = options
-        self.study = optuna.create_study(storage=storage, study_name="recipes", load_if_exists=True)
+        self.study = optuna.create_study(storage=open_storage(storage), study_name="recipes", load_if_exists=True)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self.study.tell(trial.number, state=TrialState.FAIL)
         done = len(self.study.get_trials(deepcopy=False))

@@ -77,7 +77,7 @@ def keep_counts(size: int, shares: Iterable[float]) -> tuple[int, ...]:
     for share in shares:
         wanted = round(size * share)
         on_grid = -(-wanted // step) * step
-        counts.add(size if share >= 1 else next((n for n in NARROWEST[::-1] if n >= wanted), min(size, on_grid)))
+        counts.add(min(size, size if share >= 1 else next((n for n in NARROWEST[::-1] if n >= wanted), on_grid)))
     return tuple(sorted(counts, reverse=True))
 
 
@@ -131,7 +131,7 @@ class Menu:
         formats = [format_of("fp32", 32)] if held else formats_of(local)
         if any(self._ends_the_model(layer) for layer in layers):
             formats = [form for form in formats if form.compute == "fp32"] or [format_of("fp32", 32)]
-            self.dropped[name] = "int8 left out: an integer convolution cannot give the model's float output"
+            self.dropped.setdefault(name, "int8 left out: an integer convolution cannot give the model's float output")
         return Knob(name, group.id if group else None, layers, tuple(Option(c, f) for c in counts for f in formats))
 
     def _ends_the_model(self, name: str) -> bool:
@@ -158,7 +158,7 @@ class Menu:
         return complete(self.graph, CompressionPlan(base=base or Original(), groups=groups, layers=layers))
 
     def choices(self, plan: CompressionPlan) -> tuple[int, ...]:
-        """The option of each knob nearest to a plan: its format where it is offered, and the next larger width."""
+        """The option of each knob nearest to a plan: in width first (the larger of two as near), then in format."""
         result = []
         for knob in self.knobs:
             wanted = plan.layers.get(knob.layers[0], LayerPlan()) if knob.layers else LayerPlan()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import optuna
 import pandas as pd
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.plan import CompressionPlan
@@ -21,6 +24,25 @@ logger = logging.getLogger(__name__)
 PLAN = "plan"
 ERROR = "stitched_error"
 SAME_AS = "same_as"
+RETRY_OF = "retry_of"
+
+
+class _Connection(sqlite3.Connection):
+    """Leaves it to the system when a commit reaches the disk, which takes longer than evaluating a candidate does.
+
+    A killed process loses nothing by it; only a machine that loses power could.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.execute("PRAGMA synchronous=OFF")
+
+
+def open_storage(url: str) -> BaseStorage | str:
+    """The storage of an Optuna URL; a file of SQLite does not wait for the disk at every commit."""
+    if not url.startswith("sqlite:///"):
+        return url
+    return RDBStorage(url, engine_kwargs={"connect_args": {"factory": _Connection}})
 
 
 @dataclass(frozen=True)
@@ -59,7 +81,10 @@ class PlanStudy:
         self.menu, self.costs, self.limits = menu, tuple(costs), dict(limits)
         name = f"plans-{menu.digest}"
         self.study = optuna.create_study(
-            storage=storage, study_name=name, load_if_exists=True, directions=["minimize"] * (1 + len(costs))
+            storage=open_storage(storage),
+            study_name=name,
+            load_if_exists=True,
+            directions=["minimize"] * (1 + len(costs)),
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -68,8 +93,12 @@ class PlanStudy:
         # A resumed sampler must not replay the random choices that the first one made.
         self.study.sampler = optuna.samplers.NSGAIISampler(seed=seed + 7919 * done, population_size=population)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            # Left behind by a killed process: nobody will finish it.
+            # Left behind by a killed process: nobody will finish it.  Its plan is queued again, but once only, since it
+            # may be what killed the process.
             self.study.tell(trial.number, state=TrialState.FAIL)
+            choices = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+            if choices and RETRY_OF not in trial.user_attrs:
+                self.study.enqueue_trial(choices, user_attrs={RETRY_OF: trial.number})
         self._known: dict[str, FrozenTrial] = {}
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             plan = CompressionPlan.model_validate_json(trial.user_attrs[PLAN])
@@ -125,6 +154,8 @@ class PlanStudy:
         trial.set_user_attr(ERROR, result.error)
         trial.set_user_attr("seconds", time.monotonic() - started)
         told = self.study.tell(trial, [result.divergence, *(costs[name] for name in self.costs)])
+        if told.state is not TrialState.COMPLETE:
+            return None  # Optuna takes a NaN for a failure
         self._known.setdefault(plan.structure_digest, told)
         return Scored(trial.number, plan, result.divergence, result.error, costs)
 
