@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -25,6 +25,13 @@ class Value(BaseModel):
     """Base of all vocabulary values: frozen, and strict about unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some fields replaced; what was derived from the old fields is derived anew."""
+        made = super().model_copy(update=update, deep=deep)
+        for name in made.__dict__.keys() - type(self).model_fields.keys():
+            del made.__dict__[name]
+        return made
 
 
 def digest_of(payload: Any) -> str:
@@ -210,13 +217,15 @@ class Original(Value):
 class Student(Value):
     """The plan starts from a narrower (or shallower) model.
 
-    ``inherit`` keeps the original's best channels; ``fresh`` builds the model anew with random weights.
+    ``inherit`` keeps the original's best channels and leaves out the residual blocks ``dropped``; ``fresh`` builds the
+    model anew with random weights.
     """
 
     kind: Literal["student"] = "student"
     width: float
     depth: float = 1.0
     init: Literal["inherit", "fresh"] = "inherit"
+    dropped: tuple[str, ...] = ()
 
 
 class Recipe(Value):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import torch
 
 from autocompress.config import RunConfig, load_config
@@ -66,10 +67,16 @@ def verify_path(path: Path, load: Callable[[RunConfig], Task], progress: Progres
         checks = []
     task = load(load_config(front.path / "config.yaml", {}))
     progress.stage("verify", len(points))
+    running = []
     for point in points:
-        checks += _point(point, task)
+        session = _open(point)
+        if isinstance(session, Check):
+            checks.append(session)
+        else:
+            checks += _point(point, session, task)
+            running.append(point)
         progress.advance()
-    return checks + _latencies(front, points, progress)
+    return checks + _latencies(front, running, progress)
 
 
 def _manifest(run: Path) -> Check:
@@ -86,12 +93,20 @@ def _manifest(run: Path) -> Check:
     )
 
 
-def _point(point: Point, task: Task) -> list[Check]:
+def _open(point: Point) -> ort.InferenceSession | Check:
+    """A plain session of the artifact, or what is wrong with it."""
+    try:
+        onnx.checker.check_model(str(point.onnx_path), full_check=True)
+        return make_session(point.onnx_path)
+    except Exception as error:  # a damaged file can raise anything that its parsers raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return Check(f"{point.id}: artifact", False, f"cannot be run: {reason}")
+
+
+def _point(point: Point, session: ort.InferenceSession, task: Task) -> list[Check]:
     checks = []
-    onnx.checker.check_model(str(point.onnx_path), full_check=True)
     size = point.onnx_path.stat().st_size
     checks.append(Check(f"{point.id}: size", size == point.size_bytes, f"{size} bytes"))
-    session = make_session(point.onnx_path)
     for split, written in (("validation", point.validation), ("test", point.test)):
         data = task.split(split)
         batches = (data.batch(slice(i, i + BATCH)).inputs[0].numpy() for i in range(0, len(data), BATCH))
@@ -104,14 +119,22 @@ def _point(point: Point, task: Task) -> list[Check]:
         Check(f"{point.id}: kernels", kernels == point.info.kernels, ", ".join(f"{k} {v}" for k, v in kernels.items()))
     )
     if point.info.checkpoint is not None:
-        samples = task.split("validation").batch(slice(0, BATCH)).inputs[0]
-        with torch.no_grad():
-            rebuilt = point.load()(samples)
-        agreement = _agreement(rebuilt.numpy(), run_batches(session, [samples.numpy()]))
-        checks.append(
-            Check(f"{point.id}: checkpoint", agreement >= AGREEMENT, f"agrees with the artifact on {agreement:.1%}")
-        )
+        checks.append(_checkpoint(point, session, task))
     return checks
+
+
+def _checkpoint(point: Point, session: ort.InferenceSession, task: Task) -> Check:
+    """Whether the torch module rebuilt from the checkpoint answers as the artifact does."""
+    name = f"{point.id}: checkpoint"
+    try:
+        module = point.load()
+    except UsageError as error:
+        return Check(name, False, str(error))
+    samples = task.split("validation").batch(slice(0, BATCH)).inputs[0]
+    with torch.no_grad():
+        rebuilt = module(samples)
+    agreement = _agreement(rebuilt.numpy(), run_batches(session, [samples.numpy()]))
+    return Check(name, agreement >= AGREEMENT, f"agrees with the artifact on {agreement:.1%}")
 
 
 def _agreement(a: np.ndarray, b: np.ndarray) -> float:
@@ -121,6 +144,8 @@ def _agreement(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _latencies(front: LoadedFront, points: list[Point], progress: Progress) -> list[Check]:
+    if not points:
+        return []
     target = front.front.target
     stats = measure_latency(
         {point.id: point.onnx_path for point in points},

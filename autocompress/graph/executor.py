@@ -36,16 +36,22 @@ class GraphModule(nn.Module):
                 f"known: {', '.join(sorted(OPERATORS))}"
             )
         self._places: dict[str, tuple[nn.Module, str]] = {}
-        for name in graph.weight_names():
-            self._place(name, weights[name])
         self.taps: dict[str, Tap] = {}
         self.weight_taps: dict[str, Tap] = {}
         self.norms = nn.ModuleDict()
         self._last_reader = _last_readers(graph)
+        self._own = frozenset(dir(self))
+        for name in graph.weight_names():
+            self._place(name, weights[name])
 
     def _place(self, name: str, value: torch.Tensor) -> None:
         owner: nn.Module = self
         *path, leaf = name.split(".")
+        # A model may call its own parts what this class calls its own.
+        if path and path[0] in self._own:
+            path[0] += "_"
+        elif not path and leaf in self._own:
+            leaf += "_"
         for part in path:
             if part not in owner._modules:
                 owner.add_module(part, nn.Module())

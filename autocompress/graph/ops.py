@@ -36,6 +36,8 @@ def operator(name: str) -> Callable[[Operator], Operator]:
 
 def _elementwise(name: str, function: Callable[..., Any]) -> None:
     def apply(attributes: Attributes, *inputs: torch.Tensor) -> Any:
+        if any(x.is_meta for x in inputs) and not all(x.is_meta or x.dim() == 0 for x in inputs):
+            inputs = tuple(x.to("meta") for x in inputs)  # shapes alone are wanted, and some came from real integers
         return function(*inputs)
 
     OPERATORS[name] = apply
@@ -217,6 +219,10 @@ def _split(attributes: Attributes, x: torch.Tensor, sizes: torch.Tensor | None =
     return torch.split(x, -(-x.shape[axis] // count), axis)
 
 
+_FAR = 2**31
+"""No axis is this long; exporters write the largest int64 for "to the end", which torch warns about."""
+
+
 @operator("Slice")
 def _slice(
     attributes: Attributes,
@@ -230,7 +236,7 @@ def _slice(
     strides = steps.tolist() if steps is not None else [1] * len(dims)
     for start, end, axis, stride in zip(starts.tolist(), ends.tolist(), dims, strides, strict=True):
         selection = [slice(None)] * x.dim()
-        selection[axis] = slice(start, end, stride)
+        selection[axis] = slice(max(start, -_FAR), min(max(end, -_FAR), _FAR), stride)
         x = x[tuple(selection)]
     return x
 
@@ -240,6 +246,18 @@ def _gather(attributes: Attributes, x: torch.Tensor, indices: torch.Tensor) -> t
     axis = int(attributes.get("axis", 0)) % x.dim()  # type: ignore[arg-type]
     flat = x.index_select(axis, indices.reshape(-1).to(x.device))
     return flat.reshape(x.shape[:axis] + indices.shape + x.shape[axis + 1 :])
+
+
+@operator("GatherND")
+def _gather_nd(attributes: Attributes, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    if int(attributes.get("batch_dims", 0)):  # type: ignore[arg-type]
+        raise NotImplementedError("GatherND with batch_dims")
+    return x[tuple(indices.to(x.device).unbind(-1))]
+
+
+@operator("Range")
+def _range(attributes: Attributes, start: torch.Tensor, limit: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    return torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype)
 
 
 @operator("Squeeze")

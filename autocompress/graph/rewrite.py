@@ -36,11 +36,12 @@ def rewrite(graph: ModelGraph, keep: Mapping[str, int]) -> ModelGraph:
 
 
 def _regroup(layer: Layer, graph: ModelGraph, sizes: Mapping[str, list[int]]) -> Layer:
-    """A depthwise convolution has as many groups as channels."""
+    """A grouped convolution loses whole groups, a depthwise one as many as channels."""
     weight = layer.inputs[1] if layer.op == "Conv" else ""
     count = layer.attributes.get("group", 1)
-    if weight in sizes and isinstance(count, int) and count > 1 and count == graph.tensors[weight].shape[0]:
-        return layer.model_copy(update={"attributes": {**layer.attributes, "group": sizes[weight][0]}})
+    if weight in sizes and isinstance(count, int) and count > 1:
+        kept = count * sizes[weight][0] // graph.tensors[weight].shape[0]
+        return layer.model_copy(update={"attributes": {**layer.attributes, "group": kept}})
     return layer
 
 

@@ -284,6 +284,11 @@ class Lowering:
         for kind, mask in ((f"{name}_int8", computes_int8), (f"{name}_fp32", ~computes_int8)):
             if mask.any():
                 self.emit(layer.name, kind, gemm_work(kind, rows, inputs, outputs), mask, True)
+        if layer.op == "MatMul" and step.result != layer.outputs[0]:
+            # Only a quantizer takes in the activation behind a matrix product.
+            elements = self._elements(step.result)
+            alone = ~(computes_int8 & self._is_held(step.result))
+            self.emit(layer.name, "elementwise_fp32", move_work(4 * elements, 4 * elements), alone, True)
         self._read_int8(layer.inputs[0], computes_int8, self.none)
         for tensor in layer.activations:
             self._read_float(tensor, ~computes_int8)

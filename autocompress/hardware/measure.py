@@ -31,10 +31,12 @@ from autocompress.hardware.synthetic import (
     GraphMaker,
     heavy_net,
     inverted_net,
+    odd_net,
     plain_net,
     random_formats,
     random_model,
     residual_net,
+    token_net,
 )  # fmt: skip
 from autocompress.plan import ModelGraph
 from autocompress.progress import Progress, SilentProgress
@@ -55,15 +57,17 @@ _SPECS: tuple[tuple[Builder, tuple[int, ...], tuple[int, int]], ...] = (
     (residual_net, (96, 128), (16, 48)),
     (residual_net, (24, 40), (80, 160)),
     (inverted_net, (24, 40), (48, 128)),
+    (odd_net, (14, 20, 28), (18, 48)),
+    (token_net, (16, 48), (48, 128)),
 )
 """Family, image sizes, range of the first width: small images and narrow layers most of all, with some of every kind
 up to those of large networks, where weights no longer fit the caches."""
 
-_HEAVY = ((256, 3, "fp32"), (512, 1, "fp32"), (512, 2, "fp32"), (512, 4, "fp32"), (512, 2, "int8"), (512, 5, "int8"))
+_HEAVY = ((512, 1, "fp32"), (512, 2, "fp32"), (512, 4, "fp32"), (512, 2, "int8"), (512, 5, "int8"))
 """Channels, depth and format of the models that show what weights beyond the caches cost."""
 
 _STYLES = ("fp32", "int8", "mixed", "runs")
-_MODELS = 42
+_MODELS = 44
 _ROUNDS = 8
 _RUNS = 6
 _SECONDS_EACH = 0.12
@@ -135,7 +139,7 @@ def measure_profile(
     fit = fit_kernels(results)
     repeat = [abs(b.median_ms / a.median_ms - 1.0) for a, b in zip(latencies, again, strict=False)]
     channels = [tensor.shape[0] for s in samples for tensor in s.graph.tensors.values() if len(tensor.shape) == 3]
-    sizes = [s.input_shape[-1] for s in samples]
+    sizes = [s.input_shape[-1] for s in samples if len(s.input_shape) == 3]
     latency = [stats.median_ms for stats in latencies]
     return HardwareProfile(
         name=LOCAL,

@@ -21,6 +21,9 @@ from autocompress.resources import find_resource, resource_names
 PROFILE_VERSION: Literal[1] = 1
 LOCAL = "local"
 
+_REVISION = 2
+"""Goes up with every change to what is measured or how it is fitted: profiles cached before are measured again."""
+
 
 class KernelCost(Value):
     """Microseconds of one kernel class: a constant, and so much for a million of each of ``kernels.FEATURES``.
@@ -189,7 +192,7 @@ def cache_directory() -> Path:
 def local_path(runtime: str, runtime_version: str, threads: int, batch: int, cache_dir: Path | None = None) -> Path:
     """Where the profile of this machine is cached: one file for each CPU, runtime version, threads and batch."""
     cpu = hashlib.sha256(f"{cpu_description()}|{os.cpu_count()}".encode()).hexdigest()[:10]
-    name = f"{runtime}-{runtime_version}-{cpu}-t{threads}-b{batch}-v{PROFILE_VERSION}.yaml"
+    name = f"{runtime}-{runtime_version}-{cpu}-t{threads}-b{batch}-v{PROFILE_VERSION}.{_REVISION}.yaml"
     return (cache_dir or cache_directory()) / "hardware" / name
 
 

@@ -25,6 +25,10 @@ _MOVES = {
     "GlobalAveragePool": "global_pool_fp32", "QLinearAveragePool": "pool_int8", "AveragePool": "pool_fp32",
     "NhwcMaxPool": "pool_int8", "QLinearConcat": "concat_int8", "Concat": "concat_fp32",
 }  # fmt: skip
+_PRODUCTS = {
+    "Gemm": "gemm_fp32", "FusedGemm": "gemm_fp32", "QGemm": "gemm_int8", "MatMul": "matmul_fp32",
+    "FusedMatMul": "matmul_fp32", "QLinearMatMul": "matmul_int8", "MatMulIntegerToFloat": "matmul_int8",
+}  # fmt: skip
 _WIDTHS = {"float": 4, "uint8": 1, "int8": 1, "int32": 4, "int64": 8, "float16": 2, "bool": 1}
 
 
@@ -122,9 +126,8 @@ def describe(
     written = _WIDTHS.get(kind_out, 4) * _count(out)
     if op in ("Conv", "FusedConv", "QLinearConv"):
         return _convolution(node, first, out, weights, block)
-    if op in ("Gemm", "FusedGemm", "QGemm", "MatMul", "FusedMatMul", "QLinearMatMul"):
-        base = "gemm" if "Gemm" in op else "matmul"
-        kind = f"{base}_{'int8' if op.startswith('Q') else 'fp32'}"
+    if op in _PRODUCTS:
+        kind = _PRODUCTS[op]
         return kind, gemm_work(kind, _count(first[:-1]), first[-1], out[-1])
     if op == "Add":
         return "add_fp32", move_work(read, written)

@@ -76,6 +76,17 @@ class GraphMaker:
         )  # fmt: skip
         return out
 
+    def matmul(self, source: str, outputs: int) -> str:
+        rows, inputs = self.tensors[source].shape
+        name = f"matmul_{len(self.layers)}"
+        weight, out = self.tensor(f"{name}.weight", (inputs, outputs)), self.tensor(f"{name}.out", (rows, outputs))
+        self.layers.append(
+            Layer(
+                name=name, op="MatMul", inputs=(source, weight), outputs=(out,), weights=(weight,), module_path=name
+            )
+        )  # fmt: skip
+        return out
+
     def relu(self, source: str) -> str:
         return self.op("Relu", (source,), self.tensors[source].shape)
 
@@ -183,6 +194,32 @@ def plain_net(
     flat = make.op("Flatten", (x,), (shape[0] * shape[1] * shape[2],))
     hidden = make.relu(make.gemm(flat, int(rng.choice([32, 84, 128, 256]))))
     return make.build(make.gemm(hidden, 10))
+
+
+def odd_net(rng: np.random.Generator, size: int, widths: tuple[int, int], odd: bool = True) -> ModelGraph:
+    """Channel counts off every grid, branches and a pool behind them: the kernels that other families rarely run."""
+    make = GraphMaker()
+    x = make.tensor("input", (3, size, size))
+    width = 6 * int(rng.integers(max(3, widths[0] // 6), max(4, widths[1] // 6))) // 2 * 2 + (2 if odd else 0)
+    x = make.relu(make.conv(x, width + (width % 4 == 0) * 2))
+    width = make.tensors[x].shape[0]
+    y = make.clip(make.conv(x, width, 3, 1, depthwise=True))
+    z = make.relu(make.conv(y, 16 * int(rng.integers(1, 3)), 3))
+    joined = make.concat(z, make.relu(make.conv(x, 16, 1)))
+    pooled = make.pool(joined, 2, 2)
+    few = make.relu(make.conv(pooled, int(rng.choice([6, 8, 12])), 1))
+    wide = make.relu(make.conv(few, 16 * int(rng.integers(2, 5)), 1))
+    return make.build(make.head(make.pool(make.relu(make.conv(wide, 48, 3)), 3, 2), 10))
+
+
+def token_net(rng: np.random.Generator, size: int, widths: tuple[int, int], odd: bool = False) -> ModelGraph:
+    """Matrix products over ``size`` tokens, as the perceptrons of transformers have."""
+    make = GraphMaker()
+    width = _width(rng, *widths, odd)
+    x = make.tensor("input", (size, width))
+    for _ in range(2):
+        x = make.matmul(make.relu(make.matmul(x, 4 * width)), width)
+    return make.build(make.relu(x))
 
 
 def heavy_net(channels: int, depth: int, size: int = 6) -> ModelGraph:

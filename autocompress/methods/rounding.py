@@ -79,7 +79,8 @@ def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     damping = 0.01 * matrix.diagonal().mean().clamp_min(1e-8)
     matrix = matrix + damping * torch.eye(matrix.shape[0], dtype=matrix.dtype)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True).float()
+    return upper
 
 
 def snap(matrix: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,13 @@
-"""What candidates start from: the original, or a student built by the task's own model factory."""
+"""What candidates start from: the original, or a student: narrower, shallower, or built anew."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from autocompress.graph.blocks import drop_blocks, find_blocks
 from autocompress.graph.read import read_model
 from autocompress.hardware.cost import FittedCostModel, Skeleton
 from autocompress.plan import ModelGraph, Original, Student
@@ -19,17 +20,15 @@ class Base:
 
     Attributes:
         spec: what the plan says of it.
-        graph: the whole base.
-        weights: its float weights: trained for the original, copied or fresh for a student.
+        graph: the whole base, before its channels are pruned.
+        weights: its float weights; None for a student that inherits, whose weights come from the original's.
         skeleton: prices plans of this graph.
-        stitched: whether the database of compressed layers knows it; a student has to be trained to be judged.
     """
 
     spec: Original | Student
     graph: ModelGraph
-    weights: Mapping[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor] | None
     skeleton: Skeleton
-    stitched: bool
 
     @property
     def fresh(self) -> bool:
@@ -37,40 +36,50 @@ class Base:
 
 
 def build_student(task: Task, original: Base, spec: Student, cost_model: FittedCostModel, seed: int) -> Base | None:
-    """Builds a student with the task's factory; None where the factory cannot make it or it is no smaller.
-
-    An inheriting student keeps the original's weights by name, which needs equal shapes: a shallower network of the
-    same widths.  A narrower one that inherits is the original with its groups pruned, and needs no factory.
-    """
-    arguments = {}
-    if spec.width != 1.0:
-        arguments["width"] = spec.width
-    if spec.depth != 1.0:
-        arguments["depth"] = spec.depth
-    if task.factory is None or not arguments or not set(arguments) <= task.accepts:
-        return None
-    if spec.init == "inherit" and spec.width != 1.0:
-        return None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = task.factory(**arguments)
-    graph, weights = read_model(module, task.example_inputs)
-    if graph.macs() >= original.graph.macs():
-        return None
+    """Makes a student's base; None where the task's factory cannot build it or it is no smaller than the original."""
     if spec.init == "inherit":
-        for name, value in original.weights.items():
-            if name in weights and weights[name].shape == value.shape:
-                weights[name] = value.clone()
-    return Base(spec, graph, weights, cost_model.lower(graph), stitched=False)
+        graph, weights = drop_blocks(original.graph, spec.dropped), None
+    else:
+        arguments = {"width": spec.width} if spec.width != 1.0 else {}
+        if task.factory is None or not arguments or not set(arguments) <= task.accepts:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = task.factory(**arguments)
+        graph, weights = read_model(module, task.example_inputs)
+        if graph.macs() >= original.graph.macs():
+            return None
+    skeleton = cost_model.lower(graph)
+    skeleton.calibration = original.skeleton.calibration
+    return Base(spec, graph, weights, skeleton)
 
 
 def student_specs(
-    task: Task, widths: tuple[float, ...], depths: tuple[float, ...], init: tuple[str, ...]
+    graph: ModelGraph,
+    harm: Callable[[str], float],
+    widths: Sequence[float],
+    depths: Sequence[float],
+    init: Sequence[str],
 ) -> list[Student]:
-    """The students worth building for a task, those that inherit first."""
+    """The students worth building, the shallowest first.
+
+    Args:
+        graph: the original.
+        harm: how much the model suffers when one residual block leaves; the least harmful ones leave first.
+        widths: shares of all channels; the full width is always among them.
+        depths: shares of the residual blocks that can leave which stay.
+        init: ``inherit``, ``fresh`` or both.
+    """
     specs = []
-    if "inherit" in init and "depth" in task.accepts:
-        specs += [Student(width=1.0, depth=depth) for depth in sorted(depths, reverse=True)]
-    if "fresh" in init and "width" in task.accepts:
+    blocks = sorted((block.name for block in find_blocks(graph)), key=harm)
+    if "inherit" in init:
+        for depth in sorted(depths):
+            count = round((1.0 - depth) * len(blocks))
+            if count:
+                dropped = tuple(sorted(blocks[:count]))
+                specs += [
+                    Student(width=width, depth=depth, dropped=dropped) for width in sorted({1.0, *widths}, reverse=True)
+                ]
+    if "fresh" in init:
         specs += [Student(width=width, init="fresh") for width in sorted(widths, reverse=True)]
     return specs

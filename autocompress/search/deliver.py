@@ -208,7 +208,12 @@ class Delivery:
             if name in (ORIGINAL, UNIFORM_INT8) or point.latency_ms.measured is None:
                 continue
             broken = self.excess(point)
-            if broken:
+            unknown = [
+                cost for cost, value in zip(self.objectives, self._values(point), strict=True) if np.isnan(value)
+            ]
+            if unknown:
+                rejected[name] = f"{', '.join(unknown)} is not known"
+            elif broken:
                 limits = ", ".join(f"{key} by {100 * share:.1f}%" for key, share in broken.items())
                 rejected[name] = f"breaks a budget: {limits}"
             else:

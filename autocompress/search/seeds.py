@@ -110,8 +110,9 @@ def dp_front(menu: Menu, sensitivity: Sensitivity, price: Pricer, count: int = 8
         centre = middle
         for _ in range(2):
             costs = _marginal_costs(menu, centre, price)
-            dense_total = sum(float(row.max()) for row in costs)
-            chosen = knapsack(sensitivity.divergence, costs, [dense_total * float(share)])
+            # Between the cheapest and the dearest: of a small model's latency much is the same whatever is chosen.
+            low, high = (sum(float(end(row)) for row in costs) for end in (np.min, np.max))
+            chosen = knapsack(sensitivity.divergence, costs, [low + float(share) * (high - low)])
             if not chosen:
                 break
             centre = chosen[0]
@@ -141,7 +142,7 @@ FORMATS: tuple[tuple[Compute, int], ...] = (("fp32", 32), ("int8", 8), ("int8", 
 
 
 def uniform_seeds(menu: Menu) -> Iterator[tuple[int, ...]]:
-    """Dense, uniform int8 and 4-bit, and uniform widths in each format."""
-    for share in (1.0, 0.75, 0.5, 0.375, 0.25):
+    """Dense, uniform int8 and 4-bit, uniform widths in each format, and the narrowest the menu has."""
+    for share in (1.0, 0.75, 0.5, 0.375, 0.25, 0.0):
         for compute, bits in FORMATS:
             yield menu.uniform(share, compute, bits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sqlite3
 import time
 import warnings
@@ -146,6 +147,8 @@ class PlanStudy:
                 trial.set_user_attr(SAME_AS, known.number)
             else:
                 result = evaluate(plan)
+                if not math.isfinite(result.divergence):
+                    raise ArithmeticError(f"divergence {result.divergence}")
         except (RuntimeError, ValueError, ArithmeticError) as error:
             logger.warning("trial %d failed: %s", trial.number, error)
             trial.set_user_attr("failure", f"{type(error).__name__}: {error}"[:500])
@@ -154,8 +157,6 @@ class PlanStudy:
         trial.set_user_attr(ERROR, result.error)
         trial.set_user_attr("seconds", time.monotonic() - started)
         told = self.study.tell(trial, [result.divergence, *(costs[name] for name in self.costs)])
-        if told.state is not TrialState.COMPLETE:
-            return None  # Optuna takes a NaN for a failure
         self._known.setdefault(plan.structure_digest, told)
         return Scored(trial.number, plan, result.divergence, result.error, costs)
 

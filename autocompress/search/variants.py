@@ -48,18 +48,20 @@ def fastest_compute(graph: ModelGraph, skeleton: Skeleton, plan: CompressionPlan
 def variants(graph: ModelGraph, skeleton: Skeleton, plan: CompressionPlan, allowed: Allowed) -> list[CompressionPlan]:
     """Format assignments for the widths of ``plan``: its own, then the fastest types with 8-bit and 4-bit weights.
 
-    Variants that are predicted both slower and larger than another one are left out.
+    Variants that another one beats in predicted time, at no larger size and no fewer bits, are left out.
     """
     total = sum(graph.tensors[layer.inputs[1]].elements for layer in graph.compressible)
     found: dict[str, CompressionPlan] = {}
     proposals = [plan] if plan.layers else []
-    for bits in (8, 4):
+    for compute, bits in (("int8", 8), ("int8", 4), ("fp32", 4)):
         layers = {}
         for layer in graph.compressible:
             share = graph.tensors[layer.inputs[1]].elements / total
             wanted = 8 if bits == 4 and share < SMALL_SHARE else bits
-            layers[layer.name] = _nearest(allowed[layer.name], "int8", wanted)
-        proposals.append(fastest_compute(graph, skeleton, plan.model_copy(update={"layers": layers}), allowed))
+            layers[layer.name] = _nearest(allowed[layer.name], compute, wanted)
+        uniform = plan.model_copy(update={"layers": layers})
+        # All-fp32 compute needs no scales for activations: with 4-bit weights it is the smallest file.
+        proposals.append(uniform if compute == "fp32" else fastest_compute(graph, skeleton, uniform, allowed))
     for proposal in proposals:
         done = complete(graph, proposal)
         found.setdefault(done.structure_digest, done)
@@ -68,7 +70,9 @@ def variants(graph: ModelGraph, skeleton: Skeleton, plan: CompressionPlan, allow
     kept = []
     for i, candidate in enumerate(plans):
         worse = any(
-            table.latency_ms[j] < 0.97 * table.latency_ms[i] and table.size_bytes[j] < 0.97 * table.size_bytes[i]
+            table.latency_ms[j] < 0.98 * table.latency_ms[i]
+            and table.size_bytes[j] < 1.02 * table.size_bytes[i]
+            and bits_of(plans[j]) >= bits_of(plans[i])
             for j in range(len(plans))
         )
         if not worse:
@@ -79,3 +83,8 @@ def variants(graph: ModelGraph, skeleton: Skeleton, plan: CompressionPlan, allow
 def _nearest(allowed: Sequence[LayerPlan], compute: str, bits: int) -> LayerPlan:
     """The allowed format nearest to the one wanted; integer kernels read 8-bit weights where 32 bits were asked for."""
     return min(allowed, key=lambda f: (f.compute != compute, abs(f.storage.bits - bits)))
+
+
+def bits_of(plan: CompressionPlan) -> int:
+    """The bits of all layers added up: a rough order of how much quality a choice of formats costs."""
+    return sum(form.storage.bits for form in plan.layers.values())

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from autocompress.errors import UsageError
+from autocompress.graph.rewrite import rewrite
 from autocompress.hardware.calibration import Calibration
 from autocompress.hardware.cost import FORMATS, FittedCostModel, Skeleton
 from autocompress.hardware.kernels import FAMILIES, KINDS
 from autocompress.hardware.profile import EndToEnd, HardwareProfile, KernelCost, Provenance
 from autocompress.hardware.synthetic import INT8, GraphMaker
-from autocompress.graph.rewrite import rewrite
 from autocompress.plan import INT4_WEIGHT, CompressionPlan, Group, LayerPlan, Member, ModelGraph, Student
 
 PROVENANCE = Provenance(measured_at="2026-01-01T00:00:00+00:00", seconds=1.0, cpu="test", cores=1, system="test")

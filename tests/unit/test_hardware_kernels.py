@@ -22,16 +22,18 @@ from autocompress.hardware.synthetic import (
     INT8,
     GraphMaker,
     inverted_net,
+    odd_net,
     plain_net,
     random_formats,
     random_model,
     residual_net,
+    token_net,
 )
 from autocompress.methods.quantization import activation_formats
 from autocompress.plan import CompressionPlan, Group, LayerPlan, Member, ModelGraph
 from autocompress.runtime import timing
 
-NETS = (residual_net, inverted_net, plain_net)
+NETS = (residual_net, inverted_net, plain_net, odd_net, token_net)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def lowered(graph: ModelGraph, layers: dict[str, LayerPlan], block: int) -> list
 @pytest.mark.parametrize("net", NETS)
 def test_lowering_predicts_the_kernels_that_run(net: Callable[..., ModelGraph], style: str, block: int) -> None:
     rng = np.random.default_rng(4)
-    graph = net(rng, 16, (8, 48))
+    graph = net(rng, 16, (18, 48))
     layers = random_formats(graph, rng, style)
     session = ProfiledSession(
         to_onnx(random_model(graph, layers, rng)).SerializeToString(),
@@ -87,7 +89,7 @@ def test_lowering_predicts_the_kernels_that_run(net: Callable[..., ModelGraph], 
 @pytest.mark.parametrize("net", NETS)
 def test_held_tensors_follow_the_rule_of_activation_formats(net: Callable[..., ModelGraph]) -> None:
     rng = np.random.default_rng(1)
-    graph = net(rng, 24, (8, 32))
+    graph = net(rng, 24, (18, 32))
     names = [layer.name for layer in graph.compressible]
     codes = rng.random((30, len(names))) < 0.5
     held = quantized_tensors(graph, make_steps(graph), {n: codes[:, i] for i, n in enumerate(names)}, len(codes))

@@ -1,0 +1,126 @@
+"""From an ``nn.Module`` to layers in ONNX terms, by way of torch's own exporter, in memory."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from autocompress.errors import UsageError
+from autocompress.plan import Attribute, Layer
+
+OPSET = 21
+"""The first opset with 4-bit integers in DequantizeLinear."""
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What the exporter made of a module.
+
+    Attributes:
+        layers: its operators in execution order, named after their first output.
+        weights: its stored tensors; float ones bear the names they have in the module where they are unchanged.
+        scopes: for each layer, the path of the module that was running.
+        inputs: names of the graph's inputs.
+        outputs: names of the graph's outputs.
+    """
+
+    layers: list[Layer]
+    weights: dict[str, torch.Tensor]
+    scopes: dict[str, str]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def export(module: nn.Module, example_inputs: tuple[torch.Tensor, ...]) -> Exported:
+    """Exports a module with a dynamic batch, constants folded and batch norms merged by torch's own optimizer.
+
+    Raises:
+        UsageError: torch cannot export the module.
+    """
+    names = list(inspect.signature(module.forward).parameters)[: len(example_inputs)]
+    dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in example_inputs)
+    try:
+        with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module, example_inputs, dynamo=True, optimize=True, opset_version=OPSET, dynamic_shapes=dynamic,
+                input_names=names, verbose=False,
+            )  # fmt: skip
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"torch.onnx.export cannot read {type(module).__name__} with a dynamic batch: {reason}; "
+            "avoid control flow that depends on tensor values or on the batch size"
+        ) from error
+    assert program is not None
+    return _converted(program.model.graph)
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Keeps the exporter's account of its passes out of the caller's log."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [item.level for item in loggers]
+    for item in loggers:
+        item.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for item, level in zip(loggers, levels, strict=True):
+            item.setLevel(level)
+
+
+def _converted(graph: Any) -> Exported:
+    weights = {str(name): _to_torch(value.const_value) for name, value in graph.initializers.items()}
+    layers: list[Layer] = []
+    scopes: dict[str, str] = {}
+    for node in graph:
+        outputs = tuple(str(output.name) for output in node.outputs)
+        if node.op_type == "Constant":
+            weights[outputs[0]] = _to_torch(next(iter(node.attributes.values())).value)
+            continue
+        layers.append(
+            Layer(
+                name=outputs[0],
+                op=node.op_type,
+                inputs=tuple("" if value is None else str(value.name) for value in node.inputs),
+                outputs=outputs,
+                attributes={a.name: _attribute(a.value) for a in node.attributes.values()},
+            )
+        )
+        scopes[outputs[0]] = _scope(node.metadata_props.get(_SCOPES, ""))
+    layers = [layer.model_copy(update={"weights": tuple(i for i in layer.inputs if i in weights)}) for layer in layers]
+    names = [tuple(str(value.name) for value in values) for values in (graph.inputs, graph.outputs)]
+    return Exported(layers, weights, scopes, names[0], names[1])
+
+
+def _scope(names: str) -> str:
+    """The module's path among nested scopes, which end with the operator's own name.
+
+    >>> _scope("['', 'features', 'features.0', 'conv2d']")
+    'features.0'
+    """
+    paths = [part.strip().strip("'\"") for part in names.strip("[]").split(",")]
+    return paths[-2] if len(paths) > 1 else ""
+
+
+def _to_torch(value: Any) -> torch.Tensor:
+    array = np.array(value.numpy() if hasattr(value, "numpy") else value)
+    return torch.from_numpy(array.copy())
+
+
+def _attribute(value: Any) -> Attribute:
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    return value  # type: ignore[no-any-return]

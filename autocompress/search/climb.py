@@ -1,0 +1,352 @@
+"""The recovery rungs: which structures are trained, for how long, and in which formats they are delivered."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from autocompress.graph.blocks import drop_blocks
+from autocompress.graph.executor import build_module
+from autocompress.graph.read import read_model
+from autocompress.methods.distillation import teach
+from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Original, Student
+from autocompress.search.bases import Base, build_student, student_specs
+from autocompress.search.context import Context, name_of, priced, prices
+from autocompress.search.ladder import RecipeStudy, RecoveryForecast, best_gain
+from autocompress.search.menu import complete, formats_of, keep_counts
+from autocompress.search.quiet import Quiet
+from autocompress.search.recover import Climbed, Recovered, Trainer, load_recovered, save_recovered
+from autocompress.search.study import Scored
+from autocompress.search.variants import variants
+
+logger = logging.getLogger(__name__)
+
+FIRST_RUNG_SHARE = 0.5
+"""Share of recovery that goes to a first, short training of many structures; the rest goes to the best of them."""
+
+FORMATS_SHARE = 0.25
+"""Share of a rung's time that trains with number formats simulated."""
+
+SLOT_S = 12.0
+"""Seconds of recovery for each structure that enters, both rungs counted."""
+
+MOST_STRUCTURES = 10
+STUDENT_SHARE = 1 / 3
+FRESH_MIN_S = 25.0
+PROMOTED = 3
+STEPS_FIRST, STEPS_SECOND, STEPS_FORMATS, STRUCTURES = 150, 300, 60, 4
+"""Without a time budget: steps at each rung, with formats simulated, and how many structures enter."""
+
+MEASURE_S, FINAL_MEASURE_S = 0.4, 0.8
+MAX_STEPS = 10**9
+
+
+@dataclass
+class Structure:
+    """A set of widths on its way up the ladder; ``divergence`` is None where nothing could be evaluated."""
+
+    base: Base
+    plan: CompressionPlan
+    divergence: float | None
+    recovered: Recovered | None = None
+    rung: int = 0
+
+    @property
+    def key(self) -> str:
+        return self.plan.shape_digest
+
+
+class Climber:
+    """Recovers the structures of one run.
+
+    Args:
+        context: of the run.
+        scored: the stitched candidates.
+    """
+
+    def __init__(self, context: Context, scored: list[Scored]) -> None:
+        self.context, self.scored = context, scored
+        self.structures: dict[str, Structure] = {}
+        self.failed: set[str] = set()
+        self.forecast = RecoveryForecast()
+        self._bases: dict[Student, Base | None] = {}
+        self._harms: dict[str, float] = {}
+
+    def climb(self) -> None:
+        """Runs both rungs within the time there is; what an interrupted run had recovered is taken up."""
+        context = self.context
+        done = self._take_up()
+        if context.timed and context.clock.left < self.reserve() + 5.0:
+            return
+        teacher = context.dense
+        if context.teacher is not context.task.model:
+            teacher = build_module(*read_model(context.teacher, context.task.example_inputs))
+        taught = teach(teacher, context.task.split("train"), context.task.augmentation.flip, context.progress)
+        self.trainer = Trainer(context.task, taught, context.config.seed, repeatable=not context.timed)
+        self.recipes = RecipeStudy(context.storage, context.space.distillation, context.config.seed)
+        for structure in self.structures.values():
+            self._export(structure, None)
+        available = self._available()
+        slots = int(np.clip(available / SLOT_S, 3, MOST_STRUCTURES)) if context.timed else STRUCTURES
+        slots, promotions = max(0, slots - done[1]), max(0, PROMOTED - done[2])
+        first_s = (FIRST_RUNG_SHARE if promotions else 1.0) * available / max(slots, 1) if context.timed else None
+        students = self._students(first_s)
+        context.progress.stage("recover", slots + promotions)
+        quota = math.ceil(slots * STUDENT_SHARE)
+        for index in range(slots):
+            if not self._time_left():
+                break
+            if index == slots - 1 and slots > 2:
+                entrant = self._cheapest(students)
+            elif index % 2 == 1 and quota and students:
+                # Every other slot, so that a short run ends with something good either way.
+                entrant, quota = students.pop(0), quota - 1
+            else:
+                entrant = self._next()
+            if entrant is None:
+                break
+            self._recover(entrant, rung=1, steps=STEPS_FIRST, seconds=first_s)
+        second_s = self._available() / max(promotions, 1) if context.timed else None
+        for _ in range(promotions):
+            best = self._promoted() if self._time_left() else None
+            if best is None:
+                break
+            self._recover(best, rung=2, steps=STEPS_SECOND, seconds=second_s)
+
+    def reserve(self) -> float:
+        """Seconds the last measurement will take: every model that may stand on the front once more."""
+        points, _ = self.context.delivery.select()
+        return 2.0 + (FINAL_MEASURE_S + 0.2) * (len(points) + 4)
+
+    def _available(self) -> float:
+        return max(0.0, self.context.clock.left - self.reserve())
+
+    def _time_left(self) -> bool:
+        return not self.context.timed or self.context.clock.left > self.reserve() + 3.0
+
+    def _take_up(self) -> dict[int, int]:
+        """Takes up the recoveries of an interrupted run; gives how many there were at each rung."""
+        count = {1: 0, 2: 0}
+        folder = self.context.run / ".work" / "recovered"
+        for path in sorted(folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime_ns):
+            stored = load_recovered(path)
+            if stored is None:
+                path.unlink()
+                continue
+            recovered, climbed = stored
+            base = self._base(climbed.plan.base)
+            if base is None:
+                continue
+            structure = Structure(base, climbed.plan, climbed.divergence, recovered, climbed.rung)
+            self.structures[structure.key] = structure
+            count[climbed.rung] += 1
+            if climbed.rung == 1 and climbed.divergence is not None:
+                self.forecast.add(climbed.divergence, recovered.error - self.context.error)
+        return count
+
+    # ------------------------------------------------------------------------------------------- who comes next
+
+    def _base(self, spec: Original | Student) -> Base | None:
+        if isinstance(spec, Original):
+            return self.context.original
+        if spec not in self._bases:
+            context = self.context
+            self._bases[spec] = build_student(
+                context.task, context.original, spec, context.cost_model, context.config.seed
+            )
+        return self._bases[spec]
+
+    def _students(self, seconds: float | None) -> list[Structure]:
+        """Shallower and fresh models, the shallowest first.
+
+        Fresh weights need more than a short rung to show anything, and one such student tells whether they compete.
+        """
+        offered = self.context.space.students
+        graph = self.context.original.graph
+        found = []
+        for spec in student_specs(graph, self._harm, offered.widths, offered.depths, offered.init):
+            if spec.init == "fresh" and seconds is not None and seconds < FRESH_MIN_S:
+                continue
+            base = self._base(spec)
+            if base is None:
+                continue
+            groups = {}
+            if spec.init == "inherit" and spec.width < 1.0:
+                groups = {group.id: keep_counts(group.size, [spec.width])[0] for group in base.graph.groups}
+            structure = Structure(base, CompressionPlan(base=spec, groups=groups), None)
+            if structure.key not in self.structures and self._variants(structure):
+                found.append(structure)
+            if spec.init == "fresh":
+                break
+        return found
+
+    def _harm(self, block: str) -> float:
+        """The divergence of the original without one residual block."""
+        if block not in self._harms:
+            graph = drop_blocks(self.context.original.graph, [block])
+            weights = self.context.evaluator.database.weights
+            self._harms[block] = self.context.evaluator.divergence_of(build_module(graph, weights))
+        return self._harms[block]
+
+    def _next(self) -> Structure | None:
+        """The stitched structure with the largest predicted gain in hypervolume after recovery."""
+        waiting = self._waiting()
+        if not waiting:
+            return None
+        predicted = self.forecast.predict(np.array([s.divergence for s in waiting]))
+        rows = [self.context.box(float(p), s.costs) for p, s in zip(predicted, waiting, strict=True)]
+        index, gain = best_gain([self.context.box(*self._outcome(s)) for s in self.structures.values()], rows)
+        if gain <= 0.0:
+            return None
+        return Structure(self.context.original, waiting[index].plan, waiting[index].divergence)
+
+    def _waiting(self) -> list[Scored]:
+        taken = self.structures.keys() | self.failed
+        return [s for s in self.scored if s.plan.shape_digest not in taken]
+
+    def _cheapest(self, students: list[Structure]) -> Structure | None:
+        """The fastest structure of all: a front should show how far the model can go."""
+
+        def cost(structure: Structure) -> float:
+            plans = self._variants(structure) or [structure.plan]
+            return float(structure.base.skeleton.price([priced(plan) for plan in plans]).latency_ms.min())
+
+        candidates = [s for s in students if not s.base.fresh]
+        waiting = self._waiting()
+        if waiting:
+            chosen = min(waiting, key=lambda s: [s.costs.get(n, 0.0) for n in ("latency_ms", "size_bytes", "macs")])
+            candidates.append(Structure(self.context.original, chosen.plan, chosen.divergence))
+        return min(candidates, key=cost, default=None)
+
+    def _outcome(self, structure: Structure) -> tuple[float, dict[str, float]]:
+        assert structure.recovered is not None
+        plans = self._variants(structure) or [structure.plan]
+        table = structure.base.skeleton.price([priced(plan) for plan in plans])
+        costs = {"latency_ms": float(table.latency_ms.min()), "size_bytes": float(table.size_bytes.min())}
+        return structure.recovered.error - self.context.error, costs
+
+    def _promoted(self) -> Structure | None:
+        """The structure whose longer training promises the most: half of its remaining gap closed."""
+        waiting = [s for s in self.structures.values() if s.rung == 1]
+        if not waiting:
+            return None
+        present = [self.context.box(*self._outcome(s)) for s in self.structures.values()]
+        rows = []
+        for structure in waiting:
+            gap, costs = self._outcome(structure)
+            rows.append(self.context.box(0.5 * gap, costs))
+        return waiting[best_gain(present, rows)[0]]
+
+    # -------------------------------------------------------------------------------------------------- training
+
+    def _recover(self, structure: Structure, rung: int, steps: int, seconds: float | None) -> None:
+        """Recovers a structure for one rung, then delivers it in its number formats."""
+        context = self.context
+        trial, recipe = self.recipes.ask() if rung == 1 else (None, self.recipes.best())
+        graph, weights = self._start(structure)
+        try:
+            recovered = self.trainer.float_recovery(
+                graph,
+                weights,
+                recipe,
+                fresh=structure.base.fresh,
+                steps=steps if seconds is None else MAX_STEPS,
+                seconds=None if seconds is None else seconds * (1.0 - FORMATS_SHARE),
+                progress=Quiet(context.progress),
+                before=structure.recovered,
+            )
+        except (ArithmeticError, RuntimeError) as error:
+            logger.warning("recovery of %s failed: %s", structure.key, error)
+            structure.rung = rung
+            self.failed.add(structure.key)
+            if trial is not None:
+                self.recipes.tell(trial, None, structure.key)
+            context.progress.advance()
+            return
+        path = context.run / ".work" / "recovered" / f"{structure.key}-{rung}.safetensors"
+        save_recovered(recovered, Climbed(structure.plan, structure.divergence, rung), path)
+        if trial is not None:
+            self.recipes.tell(trial, self._open_share(structure, recovered), structure.key)
+        if structure.divergence is not None and rung == 1:
+            self.forecast.add(structure.divergence, recovered.error - context.error)
+        structure.recovered, structure.rung = recovered, rung
+        self.structures[structure.key] = structure
+        self._export(structure, None if seconds is None else seconds * FORMATS_SHARE)
+        context.progress.advance()
+        spec = structure.base.spec
+        logger.info(
+            "rung %d of %s (%s): %d steps, validation error %.4f (original %.4f)",
+            rung, structure.key, spec.kind if spec.kind == "original" else spec, recovered.steps, recovered.error,
+            context.error,
+        )  # fmt: skip
+
+    def _start(self, structure: Structure) -> tuple[ModelGraph, Mapping[str, torch.Tensor]]:
+        """Graph and float weights a recovery begins with."""
+        base, original = structure.base, self.context.original
+        if base.weights is not None and base is not original:
+            return base.graph, base.weights
+        floats = {layer.name: LayerPlan() for layer in original.graph.compressible}
+        plan = CompressionPlan(groups=structure.plan.groups, layers=floats)
+        compressed = self.context.evaluator.build(complete(original.graph, plan))
+        if isinstance(base.spec, Student):
+            graph = drop_blocks(compressed.graph, base.spec.dropped)
+            return graph, {name: compressed.weights[name] for name in graph.weight_names()}
+        return compressed.graph, compressed.weights
+
+    def _open_share(self, structure: Structure, recovered: Recovered) -> float:
+        """The quality gap that stays, against the one expected for this structure: comparable between structures."""
+        gap = max(recovered.error - self.context.error, 0.0)
+        if structure.divergence is None:
+            return gap / 0.02
+        return gap / max(float(self.forecast.predict(np.array([structure.divergence]))[0]), 1e-3)
+
+    # -------------------------------------------------------------------------------------------------- delivery
+
+    def _variants(self, structure: Structure) -> list[CompressionPlan]:
+        """The format assignments worth delivering, those over budget as predicted left out."""
+        graph, skeleton = structure.base.graph, structure.base.skeleton
+        default, formats = formats_of(self.context.space), self.context.formats
+        allowed = {layer.name: formats.get(layer.name, default) for layer in graph.compressible}
+        kept = []
+        for plan in variants(graph, skeleton, priced(structure.plan), allowed):
+            costs = prices(skeleton, plan)
+            if all(costs[name] <= limit for name, limit in self.context.hard.items()):
+                kept.append(plan.model_copy(update={"base": structure.base.spec}))
+        return kept
+
+    def _export(self, structure: Structure, seconds: float | None) -> None:
+        """Delivers a recovered structure in each of its number formats; those delivered before are left as they are."""
+        context, recovered = self.context, structure.recovered
+        assert recovered is not None
+        names = []
+        plans = self._variants(structure)
+        low = max(1, sum(_low_bits(plan) for plan in plans))
+        for plan in plans:
+            recipe = recovered.recipe.model_copy(update={"steps": recovered.steps})
+            plan = plan.model_copy(update={"recipe": recipe})
+            name = name_of(plan)
+            if name in context.delivery.points or name in context.delivery.failures:
+                continue
+            compressed = self.trainer.to_formats(
+                recovered,
+                plan,
+                steps=STEPS_FORMATS if seconds is None else MAX_STEPS,
+                seconds=None if seconds is None else seconds / low,
+                progress=Quiet(context.progress),
+            )
+            context.delivery.add(name, compressed, structure.base.skeleton.estimate(priced(plan)))
+            names.append(name)
+        if names:
+            context.delivery.measure(names, MEASURE_S)
+            front = context.publish()
+            context.progress.note(front=front, hypervolume=front.search.hypervolume)
+            context.note_time()
+
+
+def _low_bits(plan: CompressionPlan) -> bool:
+    return any(f.storage.scheme == "affine" and f.storage.bits < 8 for f in plan.layers.values())

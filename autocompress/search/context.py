@@ -1,0 +1,103 @@
+"""What the stages of one run share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from autocompress.config import RunConfig
+from autocompress.graph.executor import GraphModule
+from autocompress.hardware.cost import FittedCostModel, Skeleton
+from autocompress.plan import CompressionPlan, Front, LayerPlan, Original, Student
+from autocompress.progress import Progress
+from autocompress.search.bases import Base
+from autocompress.search.deliver import Delivery
+from autocompress.search.evaluate import StitchedEvaluator
+from autocompress.search.files import Clock
+from autocompress.search.ladder import box
+from autocompress.search.menu import Menu
+from autocompress.spaces import SearchSpace
+from autocompress.tasks.base import Task
+
+WIDEST_DROP = 30.0
+"""Points of quality at which a candidate is worth nothing to the front."""
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """A run after set-up.
+
+    Attributes:
+        dense: the original as read, running in torch.
+        teacher: the caller's module that candidates are distilled from.
+        error: the original's, on the validation split.
+        hard: budgets that predictions are held to, by cost name.
+        reference: the original's measured latency in ms and its size in bytes.
+        publish: brings the run directory up to date and gives the front.
+    """
+
+    config: RunConfig
+    space: SearchSpace
+    task: Task
+    run: Path
+    clock: Clock
+    progress: Progress
+    cost_model: FittedCostModel
+    original: Base
+    dense: GraphModule
+    teacher: nn.Module
+    evaluator: StitchedEvaluator
+    menu: Menu
+    delivery: Delivery
+    storage: str
+    error: float
+    hard: Mapping[str, float]
+    reference: tuple[float, float]
+    publish: Callable[[], Front]
+
+    @property
+    def timed(self) -> bool:
+        """Whether time decides how much is done, rather than numbers of trials and steps."""
+        return self.config.time_budget is not None
+
+    @property
+    def formats(self) -> dict[str, Sequence[LayerPlan]]:
+        """The number formats each layer may take."""
+        return {layer: [o.format for o in knob.options] for knob in self.menu.knobs for layer in knob.layers}
+
+    def box(self, drop: float, costs: Mapping[str, float]) -> list[float]:
+        """A point for comparing gains; the drop counts by its root, so that the cheap end of a front counts too."""
+        span = min(self.delivery.limits.get("drop", WIDEST_DROP), WIDEST_DROP) or 1.0
+        rooted = math.sqrt(max(drop, 0.0) * 100.0 / span) * span / 100.0
+        latency = costs.get("latency_ms", self.reference[0])
+        return box(rooted, latency, costs.get("size_bytes", self.reference[1]), self.reference, span)
+
+    def note_time(self) -> None:
+        """Tells the progress how much time is left."""
+        if math.isfinite(self.clock.left):
+            self.progress.note(seconds_left=max(0.0, self.clock.left))
+
+
+def prices(skeleton: Skeleton, plan: CompressionPlan) -> dict[str, float]:
+    """The predicted costs of one plan of the skeleton's graph, by objective name."""
+    table = skeleton.price([priced(plan)])
+    return {
+        "latency_ms": float(table.latency_ms[0]),
+        "size_bytes": float(table.size_bytes[0]),
+        "peak_memory_bytes": float(table.peak_memory_bytes[0]),
+        "macs": float(table.macs[0]),
+    }
+
+
+def priced(plan: CompressionPlan) -> CompressionPlan:
+    """A plan as its base's own skeleton prices it."""
+    return plan.model_copy(update={"base": Original()}) if isinstance(plan.base, Student) else plan
+
+
+def name_of(plan: CompressionPlan) -> str:
+    """The id of the model a plan becomes."""
+    return f"p{plan.digest[:7]}"

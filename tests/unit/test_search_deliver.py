@@ -1,0 +1,233 @@
+"""What of the measured models becomes the front, why the rest does not, and what stands on the disk meanwhile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from autocompress.errors import InfeasibleError
+from autocompress.front import load_front
+from autocompress.plan import CompressionPlan, FrontPoint, Metric, Target
+from autocompress.search.deliver import LATENCY_MARGIN, ORIGINAL, UNIFORM_INT8, Delivery
+from autocompress.tasks.base import Task
+from tests.fixtures.runs import make_point
+
+TARGET = Target(hardware="local", runtime="onnxruntime", version="1.0")
+
+
+def point(name: str, validation: float, latency_ms: float | None, size_bytes: int, **more: Any) -> FrontPoint:
+    return make_point(
+        name, CompressionPlan(), validation=validation, latency_ms=latency_ms, size_bytes=size_bytes, **more
+    )
+
+
+def delivery(
+    run: Path,
+    *points: FrontPoint,
+    limits: Mapping[str, float] | None = None,
+    objectives: tuple[str, ...] = ("error", "latency_ms", "size_bytes"),
+    metric: Metric | None = None,
+) -> Delivery:
+    """A delivery as it stands once these points and the original (95%, 1 ms, 1 MB) are measured."""
+    task = cast(Task, SimpleNamespace(name="t", model_name="m", metric=metric or Metric()))
+    made = Delivery(run, task, TARGET, objectives, limits or {}, seed=0)
+    for given in (point(ORIGINAL, 0.95, 1.0, 1_000_000), *points):
+        made.points[given.id] = given
+        if given.latency_ms.measured is not None:
+            made.uppers[given.id] = given.latency_ms.measured * LATENCY_MARGIN
+        right = round(given.quality.validation * 1000)
+        made._scores[given.id, "validation"] = np.array([1.0] * right + [0.0] * (1000 - right))
+        folder = run / ".work" / "models" / given.id
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ("model.onnx", "model.safetensors", "plan.json"):
+            (folder / file).write_text(f"{file} of {given.id}")
+    return made
+
+
+def names(made: Delivery) -> list[str]:
+    return [p.id for p in made.select()[0]]
+
+
+# ---------------------------------------------------------------------------------------------------------- the front
+
+
+def test_the_front_is_what_nothing_measured_dominates(tmp_path: Path) -> None:
+    made = delivery(
+        tmp_path,
+        point("small", 0.90, 0.5, 100_000),
+        point("fast", 0.93, 0.3, 300_000),
+        point("worse", 0.92, 0.4, 400_000),
+        point("good", 0.94, 0.6, 250_000),
+    )
+    kept, rejected = made.select()
+    assert [p.id for p in kept] == ["good", "fast", "small"]
+    assert rejected == {"worse": "dominated as measured by fast"}
+
+
+def test_predictions_do_not_decide(tmp_path: Path) -> None:
+    made = delivery(
+        tmp_path,
+        point("a", 0.90, 0.5, 100_000, predicted=0.1),
+        point("b", 0.90, 0.4, 100_000, predicted=0.9),
+        point("unmeasured", 0.95, None, 1_000, predicted=0.01),
+    )
+    assert names(made) == ["b"]
+
+
+def test_test_quality_does_not_decide(tmp_path: Path) -> None:
+    made = delivery(tmp_path, point("a", 0.93, 0.5, 100_000, test=0.10), point("b", 0.92, 0.5, 100_000, test=0.99))
+    assert names(made) == ["a"]
+
+
+def test_the_original_and_the_baseline_are_not_candidates(tmp_path: Path) -> None:
+    made = delivery(tmp_path, point(UNIFORM_INT8, 0.95, 0.1, 1_000), point("a", 0.90, 0.5, 100_000))
+    assert names(made) == ["a"]
+
+
+def test_of_points_alike_within_2_percent_on_every_axis_the_better_stays(tmp_path: Path) -> None:
+    made = delivery(
+        tmp_path,
+        point("a", 0.900, 0.500, 100_000),
+        point("alike", 0.8985, 0.495, 99_000),
+        point("apart", 0.8985, 0.496, 95_000),
+    )
+    kept, rejected = made.select()
+    assert [p.id for p in kept] == ["a", "apart"]
+    assert rejected == {"alike": "within 2% of another point on every axis"}
+
+
+def test_equal_points_leave_one(tmp_path: Path) -> None:
+    made = delivery(tmp_path, point("a", 0.9, 0.5, 100_000), point("b", 0.9, 0.5, 100_000))
+    kept, rejected = made.select()
+    assert len(kept) == len(rejected) == 1
+
+
+def test_ties_label_points_and_remove_none(tmp_path: Path) -> None:
+    made = delivery(tmp_path, point("a", 0.901, 0.5, 100_000), point("b", 0.900, 0.3, 100_000), point("c", 0.7, 0.1, 1))
+    assert {p.id: p.tied_with for p in made.select()[0]} == {"a": ("b",), "b": ("a",), "c": ()}
+
+
+def test_dominance_is_over_the_objectives_asked_for(tmp_path: Path) -> None:
+    points = point("a", 0.93, 0.5, 100_000), point("b", 0.92, 0.6, 50_000)
+    assert names(delivery(tmp_path, *points)) == ["a", "b"]
+    assert names(delivery(tmp_path, *points, objectives=("error", "latency_ms"))) == ["a"]
+
+
+def test_a_point_of_unknown_cost_is_left_out_with_a_reason(tmp_path: Path) -> None:
+    made = delivery(
+        tmp_path,
+        point("known", 0.90, 0.5, 100_000),
+        point("unknown", 0.94, 0.4, 90_000, peak_memory_bytes=None),
+        objectives=("error", "peak_memory_bytes"),
+    )
+    kept, rejected = made.select()
+    assert [p.id for p in kept] == ["known"]
+    assert "peak_memory_bytes" in rejected["unknown"]
+
+
+def test_a_metric_where_less_is_better(tmp_path: Path) -> None:
+    metric = Metric(name="error", unit="m", higher_is_better=False)
+    made = delivery(tmp_path, point("a", 0.20, 0.5, 100_000), point("b", 0.10, 0.5, 100_000), metric=metric)
+    assert names(made) == ["b"]
+
+
+# ---------------------------------------------------------------------------------------------------------- budgets
+
+
+@pytest.mark.parametrize(
+    ("limits", "kept", "broken"),
+    [
+        ({"latency_ms": 0.45}, ["fast"], {"slow": "latency_ms by 20.2%"}),
+        ({"size_bytes": 100_000}, ["slow"], {"fast": "size_bytes by 100.0%"}),
+        ({"drop": 2.0}, ["slow"], {"fast": "drop by 50.0%"}),
+        ({"macs": 1}, [], {"slow": "macs", "fast": "macs"}),
+        ({"peak_memory_bytes": 1}, [], {"slow": "peak_memory_bytes", "fast": "peak_memory_bytes"}),
+        ({"energy_mj": 1.0}, [], {"slow": "energy_mj by inf%", "fast": "energy_mj"}),
+    ],
+)
+def test_a_budget_holds_as_measured(
+    tmp_path: Path, limits: dict[str, float], kept: list[str], broken: dict[str, str]
+) -> None:
+    made = delivery(tmp_path, point("slow", 0.94, 0.525, 100_000), point("fast", 0.92, 0.4, 200_000), limits=limits)
+    found, rejected = made.select()
+    assert [p.id for p in found] == kept
+    assert rejected.keys() == broken.keys()
+    for name, text in broken.items():
+        assert rejected[name].startswith("breaks a budget: ")
+        assert text in rejected[name]
+
+
+def test_a_latency_budget_holds_with_a_margin(tmp_path: Path) -> None:
+    made = delivery(tmp_path, point("a", 0.94, 0.50, 100_000), limits={"latency_ms": 0.505})
+    assert names(made) == []
+    made.uppers["a"] = 0.505
+    assert names(made) == ["a"]
+
+
+def test_a_point_over_budget_dominates_nothing(tmp_path: Path) -> None:
+    made = delivery(
+        tmp_path, point("big", 0.94, 0.2, 120_000), point("small", 0.93, 0.3, 90_000), limits={"size_bytes": 100_000}
+    )
+    assert names(made) == ["small"]
+
+
+def test_infeasible_names_the_nearest(tmp_path: Path) -> None:
+    made = delivery(
+        tmp_path, point("near", 0.90, 0.5, 110_000), point("far", 0.94, 0.5, 400_000), limits={"size_bytes": 100_000}
+    )
+    front = made.publish("complete", 2, 1.0, {})
+    with pytest.raises(
+        InfeasibleError, match=r"size_bytes <= 100000\); nearest: near .* breaks size_bytes by 10.0%"
+    ) as e:
+        made.require_feasible(front)
+    assert e.value.nearest is not None
+    assert e.value.nearest.id == "near"
+
+
+# ---------------------------------------------------------------------------------------------------------- on the disk
+
+
+def test_publishing_keeps_the_run_whole_and_removes_what_left_the_front(tmp_path: Path) -> None:
+    made = delivery(tmp_path, point("a", 0.90, 0.5, 100_000), point(UNIFORM_INT8, 0.94, 0.5, 250_000))
+    made.publish("running", 1, 1.0, {"read": 1.0})
+    assert {f.name for f in (tmp_path / "models").iterdir()} == {ORIGINAL, UNIFORM_INT8, "a"}
+    (tmp_path / "models" / "c.part").mkdir()  # what a kill leaves
+    made.points["b"] = point("b", 0.92, 0.4, 90_000)
+    made.uppers["b"] = 0.41
+    made._scores["b", "validation"] = made._scores["a", "validation"]
+    made.failures["odd"] = "node conv1 is not executed in int8"
+    for file in ("model.onnx", "model.safetensors", "plan.json"):
+        path = tmp_path / ".work" / "models" / "b" / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("b")
+    made.publish("complete", 2, 2.0, {"read": 1.0})
+    front = load_front(tmp_path)
+    assert (front.front.status, [p.id for p in front.points]) == ("complete", ["b"])
+    assert {f.name for f in (tmp_path / "models").iterdir()} == {ORIGINAL, UNIFORM_INT8, "b"}
+    for shown in (front.reference, *front.baselines, *front.points):
+        assert sorted(f.name for f in shown.path.iterdir()) == [
+            "metrics.json",
+            "model.onnx",
+            "model.safetensors",
+            "plan.json",
+        ]
+        assert json.loads((shown.path / "metrics.json").read_text())["id"] == shown.id
+    rejected = pd.read_csv(tmp_path / "rejected.csv").set_index("id")["reason"]
+    assert dict(rejected) == {"a": "dominated as measured by b", "odd": "node conv1 is not executed in int8"}
+    assert list(pd.read_csv(tmp_path / "front.csv")["id"]) == ["b"]
+
+
+def test_metrics_follow_a_new_measurement(tmp_path: Path) -> None:
+    made = delivery(tmp_path, point("a", 0.90, 0.5, 100_000))
+    made.publish("running", 1, 1.0, {})
+    made.points["a"] = point("a", 0.90, 0.45, 100_000)
+    made.publish("complete", 1, 1.0, {})
+    metrics = json.loads((tmp_path / "models" / "a" / "metrics.json").read_text())
+    assert metrics["latency_ms"]["measured"] == 0.45
