@@ -1,8 +1,8 @@
 """Runs searches as a user would and holds their fronts against the bars; tables go to ``results/``.
 
-    python -m benchmarks.fronts digits            # three seeds, about six minutes
-    python -m benchmarks.fronts fashion           # 15 minutes and the original's training, once
-    python -m benchmarks.fronts budget            # a latency budget, held as measured again from outside
+python -m benchmarks.fronts digits            # three seeds, about six minutes
+python -m benchmarks.fronts fashion           # 15 minutes and the original's training, once
+python -m benchmarks.fronts budget            # a latency budget, held as measured again from outside
 """
 
 from __future__ import annotations
@@ -108,9 +108,7 @@ def _test_images(front: LoadedFront) -> int:
 
 def fashion(work: Path, budget: str) -> None:
     """ResNet-20 on Fashion-MNIST."""
-    front = search(
-        work / "fashion-mnist", "--task", "fashion-mnist", "--model", "resnet20", "--time-budget", budget
-    )
+    front = search(work / "fashion-mnist", "--task", "fashion-mnist", "--model", "resnet20", "--time-budget", budget)
     folder = keep(front, "fashion-mnist-resnet20")
     near = [p for p in front.points if (p.test_drop or 0.0) <= 1.0]
     rows = [
@@ -132,7 +130,9 @@ def fashion(work: Path, budget: str) -> None:
             if p is not None
         ]
     )
-    points = front.to_frame()[["test", "test_drop", "latency_ms", "latency_ms_predicted", "speedup", "size_bytes", "shrink"]]
+    points = front.to_frame()[
+        ["test", "test_drop", "latency_ms", "latency_ms_predicted", "speedup", "size_bytes", "shrink"]
+    ]
     text = (
         f"# Fashion-MNIST, ResNet-20, {budget}\n\n{machine(front)}\nOriginal: {front.reference.test:.2%} on 10,000 test "
         f"images, {front.reference.latency_ms:.4f} ms, {front.reference.size_bytes} bytes. "
@@ -154,7 +154,10 @@ def budget_held(work: Path, budget: str) -> None:
     out = work / "digits-half-latency"
     front = search(out, "--task", "digits", "--time-budget", budget, "--max-latency-ms", f"{limit:.5f}")
     done = subprocess.run(
-        [sys.executable, "-m", "autocompress", "verify", str(out), "--json"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "autocompress", "verify", str(out), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     checks = [c for c in json.loads(done.stdout) if c["name"].endswith(("budget", "validation", "test", "latency"))]
     folder = keep(front, "digits-half-latency")
@@ -171,7 +174,9 @@ def budget_held(work: Path, budget: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["digits", "fashion", "budget"])
-    parser.add_argument("--work", type=Path, default=Path("results/bench"), help="where the runs are kept (git-ignored)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("results/bench"), help="where the runs are kept (git-ignored)"
+    )
     parser.add_argument("--time-budget", default=None, help="replaces 100s (digits) or 15m (fashion)")
     given = parser.parse_args()
     if given.what == "digits":

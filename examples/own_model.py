@@ -46,7 +46,9 @@ def loaders() -> dict[str, DataLoader[Any]]:
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8.0 - 1.0
     data = TensorDataset(images, torch.from_numpy(digits.target).long())
     parts = torch.utils.data.random_split(data, [1097, 350, 350], torch.Generator().manual_seed(0))
-    return {name: DataLoader(part, batch_size=64) for name, part in zip(("train", "validation", "test"), parts, strict=True)}
+    return {
+        name: DataLoader(part, batch_size=64) for name, part in zip(("train", "validation", "test"), parts, strict=True)
+    }
 
 
 def train(model: nn.Module, data: DataLoader[Any], epochs: int = 12) -> None:

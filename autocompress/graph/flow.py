@@ -19,10 +19,11 @@ from scipy.sparse.csgraph import connected_components
 from autocompress.graph.ops import OPERATORS
 from autocompress.plan import Layer, ModelGraph, is_weight_layer
 
-UNARY = frozenset(
-    "Relu Sigmoid Tanh HardSwish HardSigmoid Erf Sqrt Reciprocal Exp Log Neg Abs Clip LeakyRelu Elu Selu Celu Gelu "
-    "Softplus Softsign Mish Identity Cast Floor Ceil Round Sin Cos".split()
-)
+UNARY = frozenset({
+    "Relu", "Sigmoid", "Tanh", "HardSwish", "HardSigmoid", "Erf", "Sqrt", "Reciprocal", "Exp", "Log", "Neg", "Abs",
+    "Clip", "LeakyRelu", "Elu", "Selu", "Celu", "Gelu", "Softplus", "Softsign", "Mish", "Identity", "Cast", "Floor",
+    "Ceil", "Round", "Sin", "Cos",
+})  # fmt: skip
 BINARY = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "PRelu"})
 POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"})
 MOVERS = frozenset({"Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand"})
@@ -48,6 +49,7 @@ class Flow:
 
     Attributes:
         places: where labels stand in stored tensors.
+        values: the labels of every floating activation, for a batch of one sample; integers as they are.
         classes: for each label, the number of the set of labels that leave together.
         frozen: for each class that cannot leave, the reason.
     """
@@ -60,17 +62,17 @@ class Flow:
         self._reasons: dict[int, str] = {}
         self._constants: dict[str, torch.Tensor] = {}
         self._shared = {name for layer in graph.layers for name in layer.shared_with}
-        self._values: dict[str, torch.Tensor] = {}
+        self.values: dict[str, torch.Tensor] = {}
         for name in graph.inputs:
             tensor = graph.tensors[name]
             if tensor.dtype.startswith("float"):
-                self._values[name] = self._fixed((1, *tensor.shape), "they are the model's input")
+                self.values[name] = self._fixed((1, *tensor.shape), "they are the model's input")
             else:
-                self._values[name] = torch.zeros(1, *tensor.shape[1:], dtype=torch.int64)
+                self.values[name] = torch.zeros(1, *tensor.shape[1:], dtype=torch.int64)
         for layer in graph.layers:
             self._run(layer)
         for name in graph.outputs:
-            self._freeze(self._values[name], "they are the model's output")
+            self._freeze(self.values[name], "they are the model's output")
         self._place_constants()
         self.classes, self.frozen = self._resolve()
 
@@ -81,7 +83,7 @@ class Flow:
         return torch.arange(self._count - count, self._count)
 
     def _tie(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        a, b = _narrow(*torch.broadcast_tensors(a, b))
+        a, b = narrowed(*torch.broadcast_tensors(a, b))  # type: ignore[no-untyped-call]
         pairs = torch.stack([a.flatten(), b.flatten()])
         self._edges.append(pairs[:, pairs[0] != pairs[1]])
 
@@ -109,10 +111,10 @@ class Flow:
         classes, frozen = self._resolve()
         for name, labels in self._constants.items():
             found = torch.from_numpy(classes[labels.numpy()])
-            axes = _varying(found)
+            axes = varying_axes(found)
             if len(axes) == 1:
-                self.places.append(Place(name, axes[0], "through", _along(labels, axes[0])))
-            elif axes and not {int(c) for c in found.unique()} <= frozen.keys():
+                self.places.append(Place(name, axes[0], "through", along_axis(labels, axes[0])))
+            elif axes and not set(found.flatten().tolist()) <= frozen.keys():
                 self._freeze(labels, f"{name} holds them along more than one axis")
 
     # -------------------------------------------------------------------------------------------------- operators
@@ -190,13 +192,13 @@ class Flow:
             self._opaque(layer)
             return
         labels = [self._labels(name) for name in layer.inputs if name and self._is_float(name)]
-        others = [self._values.get(n, self.weights.get(n)) if n else None for n in layer.inputs[len(labels) :]]
+        others = [self.values.get(n, self.weights.get(n)) if n else None for n in layer.inputs[len(labels) :]]
         x = labels[0]
         if layer.op == "Concat":
             axis = int(layer.attributes["axis"]) % x.dim()  # type: ignore[arg-type]
             size = sum(part.shape[axis] for part in labels)
             shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
-            parts = _narrow(*labels, but=axis)
+            parts = narrowed(*labels, but=axis)
             self._set(layer, torch.cat(parts, axis).expand(shape))
             return
         if layer.op in ("Split", "Gather"):
@@ -232,8 +234,9 @@ class Flow:
         dims = max(a.dim(), b.dim())
         a, b = (x.reshape((1,) * (dims - x.dim()) + x.shape) for x in (a, b))
         shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
-        varying_a, varying_b = _varying(a), _varying(b)
-        if any(1 in (a.shape[axis], b.shape[axis]) and shape[axis] > 1 for axis in {*varying_a, *varying_b}):
+        varying_a, varying_b = set(varying_axes(a)), set(varying_axes(b))
+        broadcast = any(1 in (a.shape[axis], b.shape[axis]) and shape[axis] > 1 for axis in varying_a | varying_b)
+        if broadcast and not varying_a & varying_b:
             wider = a if a.numel() >= b.numel() else b
             return wider.expand(shape)
         if varying_a or varying_b:
@@ -251,10 +254,10 @@ class Flow:
         """An operator whose channels are not understood: they stay as they are on both sides."""
         reason = f"{layer.name} ({layer.op}) needs them all"
         for name in layer.inputs:
-            if name in self._values and self._is_float(name):
-                self._freeze(self._values[name], reason)
+            if name in self.values and self._is_float(name):
+                self._freeze(self.values[name], reason)
         for name, shape in zip(layer.outputs, self._shapes(layer), strict=False):
-            self._values[name] = self._fixed(shape, reason)
+            self.values[name] = self._fixed(shape, reason)
 
     # ---------------------------------------------------------------------------------------------------- helpers
 
@@ -262,37 +265,37 @@ class Flow:
         return bool(name) and self.graph.tensors[name].dtype.startswith("float")
 
     def _labels(self, name: str) -> torch.Tensor:
-        if name in self._values:
-            return self._values[name]
+        if name in self.values:
+            return self.values[name]
         if name not in self._constants:
             shape = self.graph.tensors[name].shape
             count = self.graph.tensors[name].elements
             if count > LARGEST_CONSTANT or count == 1:
-                return self._fixed(shape, f"{name} is read as a whole") if count > 1 else self._new(1).expand(shape)
+                return self._fixed(shape, f"{name} is read as a whole") if count > 1 else self._new(1).view(shape)
             self._constants[name] = self._new(count).view(shape)
         return self._constants[name]
 
     def _set(self, layer: Layer, labels: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
         for name, value in zip(layer.outputs, labels if isinstance(labels, tuple) else (labels,), strict=False):
-            self._values[name] = value
+            self.values[name] = value
 
     def _channels(self, labels: torch.Tensor, axis: int) -> torch.Tensor:
         """The labels along an axis; a reader shares its weights among positions, so those of all positions are tied."""
-        vector = _along(labels, axis)
+        vector = along_axis(labels, axis)
         spread = vector.view(-1, *(1,) * (labels.dim() - axis - 1))
-        (narrow,) = _narrow(labels, but=axis)
+        (narrow,) = narrowed(labels, but=axis)
         if narrow.numel() != vector.numel():
             self._tie(labels, spread)
         return vector
 
     def _freeze_along(self, labels: torch.Tensor, axes: list[int], reason: str) -> None:
-        if set(axes) & set(_varying(labels)):
+        if set(axes) & set(varying_axes(labels)):
             self._freeze(labels, reason)
 
     def _argument(self, name: str, meta: bool) -> torch.Tensor | None:
         if not name:
             return None
-        value = self._values.get(name, self.weights.get(name))
+        value = self.values.get(name, self.weights.get(name))
         assert value is not None
         if meta and self._is_float(name) and value.dim() > 0:
             return torch.empty(value.shape, device="meta")
@@ -305,19 +308,20 @@ class Flow:
         return [tuple(value.shape) for value in (result if isinstance(result, tuple) else (result,))]
 
 
-def _narrow(*labels: torch.Tensor, but: int = -1) -> tuple[torch.Tensor, ...]:
-    """Tensors without the axes along which all of them only repeat themselves (size 1 there)."""
+def narrowed(*labels: torch.Tensor, but: int = -1) -> tuple[torch.Tensor, ...]:
+    """Tensors that only repeat themselves along an axis, all of them, with one element there."""
     for axis in range(labels[0].dim()):
         if axis != but and all(x.stride(axis) == 0 or x.shape[axis] == 1 for x in labels):
             labels = tuple(x.narrow(axis, 0, 1) for x in labels)
     return labels
 
 
-def _varying(labels: torch.Tensor) -> list[int]:
+def varying_axes(labels: torch.Tensor) -> list[int]:
     """The axes along which labels differ."""
-    (narrow,) = _narrow(labels)
+    (narrow,) = narrowed(labels)
     return [a for a in range(narrow.dim()) if narrow.shape[a] > 1 and bool((narrow != narrow.narrow(a, 0, 1)).any())]
 
 
-def _along(labels: torch.Tensor, axis: int) -> torch.Tensor:
+def along_axis(labels: torch.Tensor, axis: int) -> torch.Tensor:
+    """The first vector along an axis."""
     return labels[tuple(slice(None) if a == axis else 0 for a in range(labels.dim()))]

@@ -14,7 +14,7 @@ import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from autocompress.graph.flow import Flow, Place
+from autocompress.graph.flow import Flow, Place, along_axis, narrowed, varying_axes
 from autocompress.graph.rewrite import rewrite, slice_weights
 from autocompress.graph.shapes import on_meta, trace_shapes
 from autocompress.plan import Group, Layer, Member, ModelGraph
@@ -50,17 +50,29 @@ def find_groups(
     stuck: dict[int, str] = {}
     for found, reason in flow.frozen.items():
         stuck.setdefault(int(linked[found]), reason)
-    groups: list[Group] = []
+    activations, tangled = _activation_members(graph, flow, linked)
+    found_groups: list[Group] = []
+    layers_by_group: dict[str, list[Layer]] = {}
     for number, layers in layers_of.items():
         try:
             if number in stuck:
                 raise _Unsupported(stuck[number])
+            if number in tangled:
+                raise _Unsupported(tangled[number])
             group = _to_group(number, layers, flow, linked)
-            groups.append(_prove(group, graph, shells, example_inputs))
+            found_groups.append(group.model_copy(update={"members": (*group.members, *activations.get(number, ()))}))
+            layers_by_group[group.id] = layers
         except _Unsupported as error:
             for layer in layers:
                 skipped.setdefault(layer.name, f"channels cannot be pruned: {error}")
-    return tuple(groups), skipped
+    groups = tuple(found_groups)
+    if _fault(groups, graph, shells, example_inputs) is None:
+        return groups, skipped
+    faults = {group.id: _fault((group,), graph, shells, example_inputs) for group in groups}
+    for name, fault in faults.items():
+        if fault is not None:
+            skipped |= {layer.name: f"channels cannot be pruned: {fault}" for layer in layers_by_group[name]}
+    return tuple(group for group in groups if faults[group.id] is None), skipped
 
 
 def _linked(flow: Flow, makers: Iterable[Place]) -> np.ndarray:
@@ -104,28 +116,65 @@ def _to_group(number: int, layers: list[Layer], flow: Flow, linked: np.ndarray) 
     return Group(id=root.name, kind="channel", size=len(channels), members=tuple(members.values()))
 
 
-def _prove(
-    group: Group, graph: ModelGraph, shells: Mapping[str, torch.Tensor], example_inputs: tuple[torch.Tensor, ...]
-) -> Group:
-    """Takes one channel away, runs the graph, and notes which activations shrank and where."""
-    kept = {group.id: torch.arange(group.size - 1)}
-    trial = graph.model_copy(update={"groups": (group,)})
+def _activation_members(
+    graph: ModelGraph, flow: Flow, linked: np.ndarray
+) -> tuple[dict[int, list[Member]], dict[int, str]]:
+    """For each group, the axes of activations that carry it; and the groups that one carries along several axes."""
+    sizes = np.bincount(linked)
+    members: dict[int, list[Member]] = {}
+    tangled: dict[int, str] = {}
+    for name, labels in flow.values.items():
+        tensor = graph.tensors[name]
+        if not tensor.dtype.startswith("float"):
+            continue
+        (narrow,) = narrowed(labels)
+        numbers = torch.from_numpy(linked[flow.classes[narrow.numpy()]])
+        axes = varying_axes(torch.from_numpy(flow.classes[narrow.numpy()]))
+        if len(axes) > 1:
+            tangled |= dict.fromkeys(numbers.flatten().tolist(), f"{name} carries them along more than one axis")
+        if len(axes) != 1:
+            continue
+        axis = _without_batch(tuple(labels.shape), tensor.shape, axes[0])
+        along = along_axis(numbers, axes[0]).numpy()
+        for number, first, count in zip(*np.unique(along, return_index=True, return_counts=True), strict=True):
+            if count % sizes[number]:
+                tangled[int(number)] = f"{name} carries only some of them"
+                continue
+            member = Member(
+                tensor=name, axis=axis, role="activation", offset=int(first), repeat=int(count // sizes[number])
+            )
+            members.setdefault(int(number), []).append(member)
+    return members, tangled
+
+
+def _without_batch(shape: tuple[int, ...], one_sample: tuple[int, ...], axis: int) -> int:
+    """Where an axis of a batch of one stands once the batch is left out.
+
+    >>> _without_batch((1, 64, 8, 8), (64, 8, 8), 1), _without_batch((197, 1, 768), (197, 768), 2)
+    (0, 1)
+    """
+    if len(shape) == len(one_sample):
+        return axis
+    batch = next(a for a in range(len(shape)) if shape[:a] + shape[a + 1 :] == one_sample)
+    return axis - (batch < axis)
+
+
+def _fault(
+    groups: tuple[Group, ...],
+    graph: ModelGraph,
+    shells: Mapping[str, torch.Tensor],
+    example_inputs: tuple[torch.Tensor, ...],
+) -> str | None:
+    """Takes one channel of each group away and runs the graph: what is wrong with the groups, or None."""
+    trial = graph.model_copy(update={"groups": groups})
+    kept = {group.id: torch.arange(group.size - 1) for group in groups}
+    smaller = rewrite(trial, {name: len(channels) for name, channels in kept.items()})
     try:
-        smaller = rewrite(trial, {group.id: group.size - 1})
         shapes = trace_shapes(smaller, slice_weights(trial, shells, kept), example_inputs)
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        raise _Unsupported(f"the model does not run without one of them ({lines[0][:100]})") from error
-    members = list(group.members)
+        return f"the model does not run without one of them ({lines[0][:100]})"
     for name, tensor in shapes.items():
-        shape, before = tensor.shape, graph.tensors[name].shape
-        if shape == before:
-            continue
-        if name in graph.outputs:
-            raise _Unsupported("they are the model's output")
-        changed = [axis for axis, (a, b) in enumerate(zip(before, shape, strict=True)) if a != b]
-        if len(changed) != 1:
-            raise _Unsupported(f"the activation {name} changes along {len(changed)} axes")
-        axis = changed[0]
-        members.append(Member(tensor=name, axis=axis, role="activation", repeat=before[axis] - shape[axis]))
-    return group.model_copy(update={"members": tuple(members)})
+        if tensor.shape != smaller.tensors[name].shape:
+            return f"without one of them {name} has shape {tensor.shape}, not {smaller.tensors[name].shape}"
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from torch import nn
 
 from autocompress.graph.exporting import Exported
-from autocompress.plan import Layer, Tensor, is_weight_layer
+from autocompress.graph.shapes import BATCH
+from autocompress.plan import Layer, is_weight_layer
+
+Shape = tuple[int, ...]
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "Conv": {"auto_pad": "NOTSET", "group": 1, "strides": (1, 1), "dilations": (1, 1), "pads": (0, 0, 0, 0)},
@@ -140,13 +144,13 @@ def _equal(stored: torch.Tensor, value: torch.Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------- one spelling
 
 
-def normalise(layers: list[Layer], weights: dict[str, torch.Tensor], shapes: Mapping[str, Tensor]) -> list[Layer]:
+def normalise(layers: list[Layer], weights: dict[str, torch.Tensor], shapes: Mapping[str, Shape]) -> list[Layer]:
     """One spelling for pooling, flattening, matrix products and biases; attributes at their default are dropped.
 
     Args:
         layers: of the graph.
         weights: its stored tensors; biases that were missing are added.
-        shapes: of its activations.
+        shapes: of its activations, as traced: the batch among them.
     """
     uses: dict[str, int] = {}
     for layer in layers:
@@ -165,6 +169,8 @@ def normalise(layers: list[Layer], weights: dict[str, torch.Tensor], shapes: Map
         if layer.op == "Reshape" and _is_flatten(layer, shapes):
             result.append(Layer(name=layer.name, op="Flatten", inputs=layer.inputs[:1], outputs=layer.outputs))
             continue
+        if layer.op == "Reshape":
+            layer = _relative(layer, weights, shapes)
         if layer.op in ("Conv", "Gemm") and is_weight_layer(layer):
             layer = _with_bias(layer, weights)
         defaults = _DEFAULTS.get(layer.op, {})
@@ -176,7 +182,7 @@ def normalise(layers: list[Layer], weights: dict[str, torch.Tensor], shapes: Map
 
 
 def _joined(
-    layers: list[Layer], weights: dict[str, torch.Tensor], shapes: Mapping[str, Tensor], uses: Mapping[str, int]
+    layers: list[Layer], weights: dict[str, torch.Tensor], shapes: Mapping[str, Shape], uses: Mapping[str, int]
 ) -> list[Layer]:
     """Turns MatMul of a matrix by a stored one, with the Add of a stored vector behind it, into Gemm."""
     readers = {name: layer for layer in layers for name in layer.inputs}
@@ -211,11 +217,11 @@ def _joined(
 
 
 def _is_matrix(
-    layer: Layer, weights: Mapping[str, torch.Tensor], shapes: Mapping[str, Tensor], uses: Mapping[str, int]
+    layer: Layer, weights: Mapping[str, torch.Tensor], shapes: Mapping[str, Shape], uses: Mapping[str, int]
 ) -> bool:
     """Whether both sides are matrices, and the stored one can be turned because nothing else reads it."""
     source, weight = layer.inputs[:2]
-    return len(shapes[source].shape) == 1 and weights[weight].dim() == 2 and uses[weight] == 1
+    return len(shapes[source]) == 2 and weights[weight].dim() == 2 and uses[weight] == 1
 
 
 def _with_bias(layer: Layer, weights: dict[str, torch.Tensor]) -> Layer:
@@ -232,16 +238,30 @@ def _with_bias(layer: Layer, weights: dict[str, torch.Tensor]) -> Layer:
     )
 
 
-def _is_global_pool(layer: Layer, weights: Mapping[str, torch.Tensor], shapes: Mapping[str, Tensor]) -> bool:
-    source = shapes[layer.inputs[0]].shape
+def _is_global_pool(layer: Layer, weights: Mapping[str, torch.Tensor], shapes: Mapping[str, Shape]) -> bool:
     axes = weights[layer.inputs[1]].tolist() if len(layer.inputs) > 1 and layer.inputs[1] in weights else []
-    return len(source) == 3 and sorted(int(a) % 4 for a in axes) == [2, 3]
+    return len(shapes[layer.inputs[0]]) == 4 and sorted(int(a) % 4 for a in axes) == [2, 3]
 
 
-def _is_flatten(layer: Layer, shapes: Mapping[str, Tensor]) -> bool:
+def _is_flatten(layer: Layer, shapes: Mapping[str, Shape]) -> bool:
     """Whether a Reshape keeps the batch and lays the rest out in one axis."""
     source, result = shapes[layer.inputs[0]], shapes[layer.outputs[0]]
-    return len(source.shape) == 3 and len(result.shape) == 1 and source.elements == result.elements
+    return source[0] == BATCH and len(source) > 2 and result == (BATCH, math.prod(source[1:]))
+
+
+def _relative(layer: Layer, weights: dict[str, torch.Tensor], shapes: Mapping[str, Shape]) -> Layer:
+    """A Reshape that says "as it was" (0) for axes that stay, so that it still holds when they shrink."""
+    target, source = weights.get(layer.inputs[1]), shapes[layer.inputs[0]]
+    if target is None or bool((target == 0).any()):
+        return layer
+    sizes = [0 if i < len(source) and size == source[i] else size for i, size in enumerate(target.tolist())]
+    if sizes == target.tolist():
+        return layer
+    name = f"{layer.inputs[1]}/{layer.name}"
+    weights[name] = torch.tensor(sizes, dtype=target.dtype)
+    attributes = {key: value for key, value in layer.attributes.items() if key != "allowzero"}
+    update = {"inputs": (layer.inputs[0], name), "weights": (name,), "attributes": attributes}
+    return layer.model_copy(update=update)
 
 
 def name_layers(layers: list[Layer]) -> list[Layer]:

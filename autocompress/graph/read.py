@@ -12,7 +12,7 @@ from autocompress.graph.executor import GraphModule
 from autocompress.graph.exporting import Exported, export
 from autocompress.graph.groups import find_groups
 from autocompress.graph.normalise import name_layers, name_weights, normalise
-from autocompress.graph.shapes import trace_shapes
+from autocompress.graph.shapes import trace, trace_shapes
 from autocompress.plan import Layer, ModelGraph, Tensor, is_weight_layer
 
 TOLERANCE = 1e-3
@@ -37,11 +37,13 @@ def read_model(
     module = _prepared(module)
     exported = name_weights(export(module, example_inputs), module)
     weights = exported.weights
-    shapes = _graph(exported, exported.layers, weights, example_inputs).tensors
+    raw = _untraced(exported, exported.layers, weights)
+    shapes = {name: shape for name, (shape, _) in trace(raw, weights, example_inputs).items()}
     layers = name_layers(normalise(exported.layers, weights, shapes))
     used = {name for layer in layers for name in layer.weights}
     weights = {name: value for name, value in weights.items() if name in used}
-    graph = _graph(exported, layers, weights, example_inputs)
+    graph = _untraced(exported, layers, weights)
+    graph = graph.model_copy(update={"tensors": graph.tensors | trace_shapes(graph, weights, example_inputs)})
     _check(module, graph, weights, example_inputs)
     groups, skipped = find_groups(graph, weights, example_inputs)
     skipped |= {
@@ -69,15 +71,13 @@ def _prepared(module: nn.Module) -> nn.Module:
     return module
 
 
-def _graph(
-    exported: Exported, layers: list[Layer], weights: dict[str, torch.Tensor], example_inputs: tuple[torch.Tensor, ...]
-) -> ModelGraph:
+def _untraced(exported: Exported, layers: list[Layer], weights: dict[str, torch.Tensor]) -> ModelGraph:
+    """The graph with the shapes of its stored tensors alone."""
     stored = {
         name: Tensor(id=name, shape=tuple(weights[name].shape), dtype=str(weights[name].dtype).removeprefix("torch."))
         for name in {name: None for layer in layers for name in layer.weights}
     }
-    graph = ModelGraph(layers=tuple(layers), tensors=stored, inputs=exported.inputs, outputs=exported.outputs)
-    return graph.model_copy(update={"tensors": stored | trace_shapes(graph, weights, example_inputs)})
+    return ModelGraph(layers=tuple(layers), tensors=stored, inputs=exported.inputs, outputs=exported.outputs)
 
 
 def _check(

@@ -26,13 +26,22 @@ def trace_shapes(
     An axis that holds the batch times something (tokens laid out with the samples) keeps the something.  Integer
     tensors, which are shapes and indices, keep all their axes.
     """
+    return {
+        name: Tensor(id=name, shape=one_sample(shape) if dtype.startswith("float") else shape, dtype=dtype)
+        for name, (shape, dtype) in trace(graph, weights, example_inputs).items()
+    }
+
+
+def trace(
+    graph: ModelGraph, weights: Mapping[str, torch.Tensor], example_inputs: tuple[torch.Tensor, ...]
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The whole shape and the type of every activation at a batch of ``BATCH``."""
     module = GraphModule(graph, on_meta(weights))
-    found: dict[str, Tensor] = {}
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
 
     def record(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         def tap(value: torch.Tensor) -> torch.Tensor:
-            shape = one_sample(tuple(value.shape)) if value.is_floating_point() else tuple(value.shape)
-            found[name] = Tensor(id=name, shape=shape, dtype=str(value.dtype).removeprefix("torch."))
+            found[name] = (tuple(value.shape), str(value.dtype).removeprefix("torch."))
             return value
 
         return tap

@@ -10,7 +10,7 @@ from torch import nn
 from autocompress.graph.executor import GraphModule, Tap
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.quantization import assign_ranges
-from autocompress.methods.rounding import integer_range, round_to_nearest, row_scales, snap
+from autocompress.methods.rounding import DEAD_ROW, integer_range, round_to_nearest, row_scales, snap
 from autocompress.methods.simulation import activation_taps, build_compressed
 from autocompress.methods.statistics import choose_range, collect, from_matrix, weight_matrix
 from autocompress.plan import CompressionPlan, Layer, LayerPlan, ModelGraph
@@ -65,12 +65,14 @@ class _LearnedGrid(nn.Module):
     def __init__(self, layer: Layer, weight: torch.Tensor, bits: int) -> None:
         super().__init__()
         self.layer, self.bits = layer, bits
-        self.scales = nn.Parameter(row_scales(weight_matrix(layer, weight.detach()), bits))
+        scales = row_scales(weight_matrix(layer, weight.detach()), bits)
+        self.scales = nn.Parameter(scales)
+        self.floor = DEAD_ROW * float(scales.max())
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         low, high = integer_range(self.bits)
         matrix = weight_matrix(self.layer, weight).float()
-        scales = self.scales.clamp_min(1e-8)[:, None]
+        scales = self.scales.clamp_min(self.floor)[:, None]
         ratio = matrix / scales
         rounded = ratio + (ratio.round() - ratio).detach()
         return from_matrix(self.layer, rounded.clamp(low, high) * scales, weight.shape)
@@ -118,7 +120,7 @@ def quantize_aware(
             if layer.name in grids:
                 grid = grids[layer.name]
                 weight = final[layer.inputs[1]]
-                scales[layer.name] = grid.scales.detach().clamp_min(1e-8).clone()
+                scales[layer.name] = grid.scales.detach().clamp_min(grid.floor).clone()
                 rounded = round_to_nearest(weight_matrix(layer, weight), scales[layer.name], grid.bits)
                 final[layer.inputs[1]] = from_matrix(layer, rounded, weight.shape)
     final = {name: value.contiguous() for name, value in final.items()}

@@ -6,6 +6,9 @@ import torch
 
 BLOCK = 128
 
+DEAD_ROW = 1e-3
+"""A row whose largest weight is below this share of the layer's is held on the layer's grid."""
+
 
 def integer_range(bits: int) -> tuple[int, int]:
     """Signed integers of a symmetric format; the lowest value is left unused at 8 bits, as runtimes assume.
@@ -19,7 +22,9 @@ def integer_range(bits: int) -> tuple[int, int]:
 def row_scales(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """A scale for each row of ``[rows, columns]``; below 8 bits the one of least squared error among clipped ranges."""
     low, high = integer_range(bits)
-    largest = weight.abs().amax(dim=1).clamp_min(1e-8)
+    largest = weight.abs().amax(dim=1)
+    # A dead row has no scale of its own: one near zero would push its bias out of the runtime's 32-bit integers.
+    largest = largest.clamp_min(max(DEAD_ROW * float(largest.max()), 1e-8))
     best = largest / high
     if bits >= 8:
         return best

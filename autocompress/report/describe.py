@@ -17,14 +17,18 @@ def describe_plan(plan: CompressionPlan, space: SpaceSummary) -> str:
     """A plan in words: ``62% of channels, int8 in 18 of 20 layers, 4-bit weights in 7, 300 steps of recovery``."""
     parts = []
     if plan.base.kind == "student":
-        origin = "inherited" if plan.base.init == "inherit" else "fresh"
-        depth = f", {plan.base.depth:g}x deep" if plan.base.depth != 1.0 else ""
-        parts.append(f"{plan.base.width:g}x student{depth} ({origin})")
+        count = len(plan.base.dropped)
+        if plan.base.init == "fresh":
+            parts.append(f"{plan.base.width:g}x student (fresh)")
+        elif count:
+            parts.append(f"without {count} residual block{'s' if count > 1 else ''}")
     if space.group_sizes:
         kept = sum(space.keep_ratio(plan, group) * size for group, size in space.group_sizes.items())
         share = kept / max(sum(space.group_sizes.values()), 1)
         parts.append("all channels" if share > 0.995 else f"{share:.0%} of channels")
-    layers = [plan.layers.get(name, LayerPlan()) for name in space.layers]
+    # A student may lack layers of the original: what its plan does not name is not there.
+    names = [name for name in space.layers if name in plan.layers] or list(space.layers)
+    layers = [plan.layers.get(name, LayerPlan()) for name in names]
     int8 = sum(layer.compute == "int8" for layer in layers)
     if int8:
         parts.append("all int8" if int8 == len(layers) else f"int8 in {int8} of {len(layers)} layers")

@@ -32,10 +32,13 @@ FIRST_RUNG_SHARE = 0.5
 FORMATS_SHARE = 0.25
 """Share of a rung's time that trains with number formats simulated."""
 
+TRAINING_SHARE = 0.85
+"""Share of a structure's time that trains; the rest exports, scores and times its models."""
+
 SLOT_S = 12.0
 """Seconds of recovery for each structure that enters, both rungs counted."""
 
-MOST_STRUCTURES = 10
+MOST_STRUCTURES = 8
 STUDENT_SHARE = 1 / 3
 FRESH_MIN_S = 25.0
 PROMOTED = 3
@@ -94,8 +97,9 @@ class Climber:
         available = self._available()
         slots = int(np.clip(available / SLOT_S, 3, MOST_STRUCTURES)) if context.timed else STRUCTURES
         slots, promotions = max(0, slots - done[1]), max(0, PROMOTED - done[2])
-        first_s = (FIRST_RUNG_SHARE if promotions else 1.0) * available / max(slots, 1) if context.timed else None
-        students = self._students(first_s)
+        share = FIRST_RUNG_SHARE if promotions else 1.0
+        first_end = context.clock.spent + share * available
+        students = self._students(share * available / max(slots, 1) if context.timed else None)
         context.progress.stage("recover", slots + promotions)
         quota = math.ceil(slots * STUDENT_SHARE)
         for index in range(slots):
@@ -110,13 +114,18 @@ class Climber:
                 entrant = self._next()
             if entrant is None:
                 break
-            self._recover(entrant, rung=1, steps=STEPS_FIRST, seconds=first_s)
-        second_s = self._available() / max(promotions, 1) if context.timed else None
-        for _ in range(promotions):
+            self._recover(entrant, 1, STEPS_FIRST, self._seconds(first_end - context.clock.spent, slots - index))
+        for index in range(promotions):
             best = self._promoted() if self._time_left() else None
             if best is None:
                 break
-            self._recover(best, rung=2, steps=STEPS_SECOND, seconds=second_s)
+            self._recover(best, 2, STEPS_SECOND, self._seconds(self._available(), promotions - index))
+
+    def _seconds(self, left: float, remaining: int) -> float | None:
+        """Training seconds for the next structure of a rung: its part of the time left, delivery allowed for."""
+        if not self.context.timed:
+            return None
+        return max(1.0, min(TRAINING_SHARE * left / remaining, self._available()))
 
     def reserve(self) -> float:
         """Seconds the last measurement will take: every model that may stand on the front once more."""

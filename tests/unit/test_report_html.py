@@ -141,7 +141,9 @@ def test_a_plan_in_words() -> None:
             "b": LayerPlan.model_validate({"compute": "int8", "storage": {"bits": 8}}),
         },
     )
-    assert describe_plan(plan, space) == "0.5x student (inherited), 50% of channels, all int8, 4-bit weights in 1"
+    assert describe_plan(plan, space) == "50% of channels, all int8, 4-bit weights in 1"
+    shallow = plan.model_copy(update={"base": Student(width=1.0, depth=0.5, dropped=("layer1.0",)), "groups": {}})
+    assert describe_plan(shallow, space).startswith("without 1 residual block, all channels")
 
 
 def test_a_student_keeps_its_share_of_the_groups_it_does_not_mention() -> None:
