@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,6 +89,11 @@ def search(config: RunConfig | None = None, *, progress: Progress | None = None,
         engine = Engine(config, prepared.space, prepared.task, prepared.teacher, profile, run, clock, progress)
         try:
             engine.execute()
+        except UsageError:
+            # Found wrong only once the model was read (a pattern, say): what was set up is no run to go on with.
+            if not resumed and not (run / "front.json").is_file():
+                shutil.rmtree(run)
+            raise
         finally:
             if (run / "front.json").is_file():
                 _write_manifest(run)

@@ -63,7 +63,8 @@ def machine(front: LoadedFront) -> str:
     """The line every table carries: where and with what it was measured."""
     facts = json.loads((front.path / "environment.json").read_text(encoding="utf-8"))
     packages = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "onnxruntime", "optuna"))
-    return f"{facts['cpu'].split(',')[0]}, {facts['date'][:10]}, {packages}; {front.front.target.threads} thread, batch 1\n"
+    cpu, date, threads = facts["cpu"].split(",")[0], facts["date"][:10], front.front.target.threads
+    return f"{cpu}, {date}, {packages}; {threads} thread, batch {front.front.target.batch}\n"
 
 
 def digits(work: Path, budget: str) -> None:
@@ -134,8 +135,9 @@ def fashion(work: Path, budget: str) -> None:
         ["test", "test_drop", "latency_ms", "latency_ms_predicted", "speedup", "size_bytes", "shrink"]
     ]
     text = (
-        f"# Fashion-MNIST, ResNet-20, {budget}\n\n{machine(front)}\nOriginal: {front.reference.test:.2%} on 10,000 test "
-        f"images, {front.reference.latency_ms:.4f} ms, {front.reference.size_bytes} bytes. "
+        f"# Fashion-MNIST, ResNet-20, {budget}\n\n{machine(front)}\n"
+        f"Original: {front.reference.test:.2%} on 10,000 test images, {front.reference.latency_ms:.4f} ms, "
+        f"{front.reference.size_bytes} bytes. "
         f"Hypervolume {front.front.search.hypervolume:.3f} after {front.front.search.seconds:.0f} s.\n\n"
         f"{markdown(table)}\n{markdown(points.round(4).reset_index())}"
     )

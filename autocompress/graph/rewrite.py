@@ -53,16 +53,16 @@ def slice_weights(
     for group in graph.groups:
         if group.id not in kept or len(kept[group.id]) == group.size:
             continue
-        removed = torch.ones(group.size, dtype=torch.bool)
-        removed[kept[group.id]] = False
-        gone = removed.nonzero().flatten()
+        stays = torch.zeros(group.size, dtype=torch.bool)
+        stays[kept[group.id]] = True
         for member in group.members:
             if member.role == "activation":
                 continue
             key = (member.tensor, member.axis)
-            mask = chosen.setdefault(key, torch.ones(weights[member.tensor].shape[member.axis], dtype=torch.bool))
-            places = member.offset + gone[:, None] * member.repeat + torch.arange(member.repeat)
-            mask[places.flatten()] = False
+            if key not in chosen:
+                chosen[key] = torch.ones(weights[member.tensor].shape[member.axis], dtype=torch.bool)
+            places = slice(member.offset, member.offset + group.size * member.repeat)
+            chosen[key][places] = stays.repeat_interleave(member.repeat) if member.repeat > 1 else stays
     result = dict(weights)
     for (name, axis), mask in chosen.items():
         result[name] = result[name].index_select(axis, mask.nonzero().flatten().to(result[name].device))

@@ -37,7 +37,7 @@ def add_norms(module: GraphModule, batches: Batches, fresh: bool = False) -> Non
                 norm.running_var.copy_(deviation.square())  # type: ignore[union-attr]
                 norm.weight.copy_((deviation.square() + norm.eps).sqrt())
                 norm.bias.copy_(mean)
-        module.set_norm(layer, norm)
+        module.set_norm(layer, norm.train(module.training))
         if len(layer.inputs) > 2:  # A bias in front of a norm has no effect.
             module.weight(layer.inputs[2]).requires_grad_(False)
 

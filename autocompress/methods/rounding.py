@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from autocompress.methods.linear import inverse_factor
+
 BLOCK = 128
 
 DEAD_ROW = 1e-3
@@ -61,7 +63,7 @@ def round_with_compensation(
     """
     low, high = integer_range(bits)
     columns = weight.shape[1]
-    upper = _inverse_factor(hessian)
+    upper = inverse_factor(hessian).float()
     work = torch.cat([weight, bias[:, None]], dim=1).to(upper.dtype)
     step = scales.to(upper.dtype)
     for start in range(0, columns, BLOCK):
@@ -76,16 +78,6 @@ def round_with_compensation(
             errors[:, column - start] = error
         work[:, stop:] -= errors @ upper[start:stop, stop:]
     return work[:, :columns].to(weight.dtype), work[:, columns].to(bias.dtype)
-
-
-def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the damped inverse."""
-    matrix = hessian.double()
-    damping = 0.01 * matrix.diagonal().mean().clamp_min(1e-8)
-    matrix = matrix + damping * torch.eye(matrix.shape[0], dtype=matrix.dtype)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True).float()
-    return upper
 
 
 def snap(matrix: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,13 @@ from autocompress.methods.quantization import weight_axis
 from autocompress.plan import Layer, ModelGraph
 
 SAMPLED_ROWS = 16384
-"""Rows (image positions) of a layer's input kept from each calibration batch."""
+"""Rows (image positions) of a layer's input kept from each calibration batch, at most."""
+
+SAMPLED_INPUTS = 1 << 24
+"""Rows times columns of a layer's input kept from each calibration batch, at most."""
+
+WIDEST = 5000
+"""Inputs up to which a layer's second moments are kept whole: their cost is the square in memory, the cube in time."""
 
 SAMPLED_VALUES = 65536
 """Values of an activation kept for choosing its range."""
@@ -25,21 +31,17 @@ class CalibrationStatistics:
 
     Attributes:
         hessians: for each weight layer, ``E[x x^T]`` of its input columns with a constant 1 as the last.
+        moments: for each weight layer with more than ``WIDEST`` inputs, the mean and mean square of each.
         samples: for each floating activation, a sample of its values.
         means: for each weight layer, its output's mean a channel.
         deviations: for each weight layer, its output's standard deviation a channel.
     """
 
     hessians: dict[str, torch.Tensor] = field(default_factory=dict)
+    moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     samples: dict[str, torch.Tensor] = field(default_factory=dict)
     means: dict[str, torch.Tensor] = field(default_factory=dict)
     deviations: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-def is_depthwise(graph: ModelGraph, layer: Layer) -> bool:
-    """Whether each output channel reads one input channel alone."""
-    count = layer.attributes.get("group", 1)
-    return layer.op == "Conv" and isinstance(count, int) and count > 1 and graph.tensors[layer.inputs[1]].shape[1] == 1
 
 
 def weight_matrix(layer: Layer, weight: torch.Tensor) -> torch.Tensor:
@@ -53,21 +55,34 @@ def from_matrix(layer: Layer, matrix: torch.Tensor, shape: Sequence[int]) -> tor
 
 
 def input_rows(layer: Layer, x: torch.Tensor, kernel: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-    """The inputs each output position multiplies, as ``[rows, columns]``; at most ``SAMPLED_ROWS`` of them."""
+    """The inputs that output positions multiply, as ``[rows, columns]``; positions are drawn where there are many."""
     if layer.op != "Conv":
         rows = x.reshape(-1, x.shape[-1])
-    else:
-        pads = layer.attributes.get("pads", (0, 0, 0, 0))
-        strides = layer.attributes.get("strides", (1, 1))
-        dilations = layer.attributes.get("dilations", (1, 1))
-        top, left, bottom, right = (int(p) for p in pads)  # type: ignore[union-attr]
-        per_image = max(1, SAMPLED_ROWS // max(1, (x.shape[-1] * x.shape[-2]) // max(1, int(strides[0]) ** 2)))  # type: ignore[index]
-        x = F.pad(x[:per_image], (left, right, top, bottom))
-        columns = F.unfold(x, tuple(kernel), dilation=tuple(dilations), stride=tuple(strides))  # type: ignore[arg-type]
-        rows = columns.transpose(1, 2).reshape(-1, columns.shape[1])
-    if rows.shape[0] > SAMPLED_ROWS:
-        rows = rows[torch.randint(rows.shape[0], (SAMPLED_ROWS,), generator=generator)]
-    return rows
+        limit = _row_limit(rows.shape[1])
+        if rows.shape[0] > limit:
+            rows = rows[torch.randint(rows.shape[0], (limit,), generator=generator)]
+        return rows
+    pads = layer.attributes.get("pads", (0, 0, 0, 0))
+    strides = layer.attributes.get("strides", (1, 1))
+    dilations = layer.attributes.get("dilations", (1, 1))
+    top, left, bottom, right = (int(p) for p in pads)  # type: ignore[union-attr]
+    down, across = (int(s) for s in strides)  # type: ignore[union-attr]
+    steps = [int(d) for d in dilations]  # type: ignore[union-attr]
+    x = F.pad(x, (left, right, top, bottom))
+    height = (x.shape[2] - steps[0] * (kernel[0] - 1) - 1) // down + 1
+    width = (x.shape[3] - steps[1] * (kernel[1] - 1) - 1) // across + 1
+    count = x.shape[0] * height * width
+    limit = _row_limit(x.shape[1] * kernel[0] * kernel[1])
+    chosen = torch.randint(count, (limit,), generator=generator) if count > limit else torch.arange(count)
+    sample, position = chosen // (height * width), chosen % (height * width)
+    y = (position // width * down)[:, None] + torch.arange(kernel[0]) * steps[0]
+    z = (position % width * across)[:, None] + torch.arange(kernel[1]) * steps[1]
+    taps = x.permute(0, 2, 3, 1)[sample[:, None, None], y[:, :, None], z[:, None, :]]
+    return taps.permute(0, 3, 1, 2).reshape(len(chosen), -1)
+
+
+def _row_limit(columns: int) -> int:
+    return max(1, min(SAMPLED_ROWS, SAMPLED_INPUTS // columns))
 
 
 def collect(
@@ -84,7 +99,7 @@ def collect(
     producers: dict[str, Layer] = {}
     for layer in graph.compressible:
         producers[layer.outputs[0]] = layer
-        if hessians and not is_depthwise(graph, layer) and int(layer.attributes.get("group", 1)) == 1:  # type: ignore[arg-type]
+        if hessians and _is_followed(graph, layer):
             readers.setdefault(layer.inputs[0], []).append(layer)
     original = dict(module.taps)
 
@@ -104,11 +119,14 @@ def collect(
             for layer in readers.get(name, ()):
                 kernel = graph.tensors[layer.inputs[1]].shape[2:]
                 rows = input_rows(layer, value, kernel, generator)
+                counts[layer.name] = counts.get(layer.name, 0) + rows.shape[0]
+                if rows.shape[1] > WIDEST:
+                    before = result.moments.get(layer.name, (0.0, 0.0))
+                    result.moments[layer.name] = (before[0] + rows.sum(0), before[1] + rows.square().sum(0))
+                    continue
                 rows = torch.cat([rows, torch.ones(rows.shape[0], 1)], dim=1)
                 total = result.hessians.get(layer.name)
-                product = rows.t() @ rows
-                result.hessians[layer.name] = product if total is None else total + product
-                counts[layer.name] = counts.get(layer.name, 0) + rows.shape[0]
+                result.hessians[layer.name] = rows.t() @ rows if total is None else total.addmm_(rows.t(), rows)
             return value
 
         return tap
@@ -122,13 +140,32 @@ def collect(
     finally:
         module.taps = original
     for name, count in counts.items():
-        result.hessians[name] /= count
+        if name in result.hessians:
+            result.hessians[name] /= count
+        else:
+            mean, square = result.moments[name]
+            result.moments[name] = (mean / count, square / count)
     for name, (total, squares, count) in sums.items():
         mean = total / count
         result.means[name] = mean
         result.deviations[name] = (squares / count - mean.square()).clamp_min(0).sqrt()
-    result.samples = {name: torch.cat(parts)[-SAMPLED_VALUES:] for name, parts in samples.items()}
+    result.samples = {name: _thinned(torch.cat(parts)) for name, parts in samples.items()}
     return result
+
+
+def _is_followed(graph: ModelGraph, layer: Layer) -> bool:
+    """Whether the layer is one matrix product a position, whose inputs' second moments say all there is to know."""
+    if layer.op != "Conv":
+        return len(graph.tensors[layer.inputs[1]].shape) == 2
+    return layer.attributes.get("group", 1) == 1 and len(graph.tensors[layer.inputs[1]].shape) == 4
+
+
+def _thinned(sample: torch.Tensor) -> torch.Tensor:
+    """At most ``SAMPLED_VALUES`` values spread over all batches, the extremes among them."""
+    if sample.numel() <= SAMPLED_VALUES:
+        return sample
+    step = -(-sample.numel() // (SAMPLED_VALUES - 2))
+    return torch.cat([sample[::step], sample.min()[None], sample.max()[None]])
 
 
 def _accumulate(sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]], layer: Layer, value: torch.Tensor) -> None:

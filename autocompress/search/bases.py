@@ -61,7 +61,7 @@ def student_specs(
     depths: Sequence[float],
     init: Sequence[str],
 ) -> list[Student]:
-    """The students worth building, the shallowest first.
+    """The students worth building: the shallowest at full width first, then one step away from it in depth or width.
 
     Args:
         graph: the original.
@@ -70,16 +70,14 @@ def student_specs(
         depths: shares of the residual blocks that can leave which stay.
         init: ``inherit``, ``fresh`` or both.
     """
-    specs = []
     blocks = sorted((block.name for block in find_blocks(graph)), key=harm)
+    ranked: list[tuple[int, Student]] = []
     if "inherit" in init:
-        for depth in sorted(depths):
-            count = round((1.0 - depth) * len(blocks))
-            if count:
+        counts = [(depth, round((1.0 - depth) * len(blocks))) for depth in sorted(depths)]
+        for place, (depth, count) in enumerate([c for c in counts if c[1]]):
+            for step, width in enumerate(sorted({1.0, *widths}, reverse=True)):
                 dropped = tuple(sorted(blocks[:count]))
-                specs += [
-                    Student(width=width, depth=depth, dropped=dropped) for width in sorted({1.0, *widths}, reverse=True)
-                ]
+                ranked.append((place + step, Student(width=width, depth=depth, dropped=dropped)))
     if "fresh" in init:
-        specs += [Student(width=width, init="fresh") for width in sorted(widths, reverse=True)]
-    return specs
+        ranked += [(1 + step, Student(width=width, init="fresh")) for step, width in enumerate(sorted(widths)[::-1])]
+    return [spec for _, spec in sorted(ranked, key=lambda item: item[0])]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,7 +38,7 @@ SLOT_S = 12.0
 """Seconds of recovery for each structure that enters, both rungs counted."""
 
 MOST_STRUCTURES = 8
-STUDENT_SHARE = 1 / 3
+STUDENT_SHARE = 0.5
 FRESH_MIN_S = 25.0
 PROMOTED = 3
 STEPS_FIRST, STEPS_SECOND, STEPS_FORMATS, STRUCTURES = 150, 300, 60, 4
@@ -101,14 +100,14 @@ class Climber:
         first_end = context.clock.spent + share * available
         students = self._students(share * available / max(slots, 1) if context.timed else None)
         context.progress.stage("recover", slots + promotions)
-        quota = math.ceil(slots * STUDENT_SHARE)
+        quota = round(slots * STUDENT_SHARE)
         for index in range(slots):
             if not self._time_left():
                 break
             if index == slots - 1 and slots > 2:
                 entrant = self._cheapest(students)
-            elif index % 2 == 1 and quota and students:
-                # Every other slot, so that a short run ends with something good either way.
+            elif quota and students and (index % 2 == 1 or index >= slots - 1 - quota):
+                # In turn with stitched structures, so that a short run ends with something good either way.
                 entrant, quota = students.pop(0), quota - 1
             else:
                 entrant = self._next()
@@ -171,7 +170,7 @@ class Climber:
         return self._bases[spec]
 
     def _students(self, seconds: float | None) -> list[Structure]:
-        """Shallower and fresh models, the shallowest first.
+        """Shallower and fresh models, in the order they should be tried.
 
         Fresh weights need more than a short rung to show anything, and one such student tells whether they compete.
         """

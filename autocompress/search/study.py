@@ -26,6 +26,7 @@ PLAN = "plan"
 ERROR = "stitched_error"
 SAME_AS = "same_as"
 RETRY_OF = "retry_of"
+DIGITS = 4
 
 
 class _Connection(sqlite3.Connection):
@@ -156,9 +157,12 @@ class PlanStudy:
             return None
         trial.set_user_attr(ERROR, result.error)
         trial.set_user_attr("seconds", time.monotonic() - started)
-        told = self.study.tell(trial, [result.divergence, *(costs[name] for name in self.costs)])
+        # The last digits differ from process to process (sums depend on where memory lies); a sampler that saw them
+        # would now and then choose other plans.
+        divergence = float(f"{result.divergence:.{DIGITS}g}")
+        told = self.study.tell(trial, [divergence, *(costs[name] for name in self.costs)])
         self._known.setdefault(plan.structure_digest, told)
-        return Scored(trial.number, plan, result.divergence, result.error, costs)
+        return Scored(trial.number, plan, divergence, result.error, costs)
 
     def table(self) -> pd.DataFrame:
         """Every trial in a row: its state, its values as predicted and as stitched, and its choices."""

@@ -38,7 +38,7 @@ CASES = {
     "objective": Case((OWN, "--objectives", "error,latency"), ("--objectives", "nearest: 'latency_ms'")),
     "runtime": Case((OWN, "--runtime", "onnxrt"), ("--runtime", "'onnxrt'", "onnxruntime")),
     "device": Case((OWN, "--device", "gpu"), ("--device", "'gpu'", "'cuda'")),
-    "number": Case((OWN, "--trials", "many"), ("--trials", "'many'")),
+    "number": Case((OWN, "--trials", "many"), ("--trials", "integer")),
     "zero trials": Case((OWN, "--trials", "0"), ("--trials", "greater than or equal to 1")),
     "negative budget": Case((OWN, "--max-latency-ms", "-1"), ("--max-latency-ms", "greater than 0")),
     "duration": Case((OWN, "--time-budget", "soon"), ("--time-budget", "'soon'")),

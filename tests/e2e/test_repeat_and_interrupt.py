@@ -38,11 +38,13 @@ def interrupted(run: Run, cli: CommandLine, tmp_path_factory: pytest.TempPathFac
 
 def test_the_same_seed_repeats_the_plans(run: Run, interrupted: dict[int, tuple[Path, Result]]) -> None:
     path, _ = interrupted[0]
-    assert plans(path) == plans(run.path)
+    ours, theirs = ([(t.number, t.state, t.digest, t.same_as) for t in plans(folder)] for folder in (run.path, path))
+    assert len(ours) == 48
+    assert ours == theirs
     tables = [pd.read_csv(folder / "trials.csv") for folder in (path, run.path)]
     columns = [name for name in tables[0].columns if name != "seconds"]
     assert set(MEASURED) <= set(columns)
-    pd.testing.assert_frame_equal(tables[0][columns], tables[1][columns])
+    pd.testing.assert_frame_equal(tables[0][columns], tables[1][columns], rtol=2e-3)
 
 
 def test_another_seed_gives_other_plans(run: Run, interrupted: dict[int, tuple[Path, Result]]) -> None:

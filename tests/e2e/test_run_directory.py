@@ -191,7 +191,7 @@ def test_the_original_is_the_users_model_exported(run: Run, task: Task) -> None:
     assert reference.test == pytest.approx(quality(task, task.model, "test"), abs=1e-9)
 
 
-# ------------------------------------------------------------------------------------------------------- the checkpoints
+# ------------------------------------------------------------------------------------------------------ the checkpoints
 
 
 def test_a_loaded_point_agrees_with_its_artifact(run: Run, task: Task) -> None:

@@ -109,6 +109,13 @@ def test_a_trial_carries_its_plan() -> None:
     assert study.study.metric_names == ["divergence", *COSTS]
 
 
+def test_noise_in_the_last_digits_does_not_reach_the_sampler() -> None:
+    study = PlanStudy(MEMORY, MENU, COSTS, {}, seed=0)
+    scored = study.step(price, lambda plan: Stitched(0.0025401953607797623, 0.1))
+    assert scored is not None
+    assert (scored.divergence, study.study.trials[0].values[0]) == (0.00254, 0.00254)
+
+
 def test_seeds_are_queued_once() -> None:
     study = PlanStudy(MEMORY, MENU, COSTS, {}, seed=0)
     seeds = list(uniform_seeds(MENU))
