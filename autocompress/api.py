@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocompress.config import RunConfig
-from autocompress.errors import UsageError
+from autocompress.errors import InfeasibleError, UsageError
 from autocompress.front import LoadedFront, load_front, load_point
 from autocompress.progress import Progress, SilentProgress
 from autocompress.rundir import open_run_directory
@@ -74,7 +74,7 @@ def search(config: RunConfig | None = None, *, progress: Progress | None = None,
 
     clock = Clock(run / ".work" / "spent.json", config.time_budget)
     if resumed and _is_finished(run, config, clock.left):
-        return load_front(run)
+        return _finished_front(run)
     with _log_to(run / "log.jsonl"):
         logger.info("%s %s", "resumed" if resumed else "started", run)
         from autocompress.search.engine import Engine
@@ -106,6 +106,18 @@ def _is_finished(run: Path, config: RunConfig, left_s: float) -> bool:
     if not (run / "front.json").is_file() or load_front(run).front.status != "complete":
         return False
     return config.time_budget is None or left_s < MORE_S
+
+
+def _finished_front(run: Path) -> LoadedFront:
+    """The front of a run that ended; where it ended without one, that is said again."""
+    front = load_front(run)
+    if not front.points and front.front.constraints:
+        limits = ", ".join(f"{name} <= {limit:g}" for name, limit in front.front.constraints.items())
+        raise InfeasibleError(
+            f"the run in {str(run)!r} ended without a model that keeps its budgets ({limits}); its rejected.csv says "
+            "how far each model is; raise the budgets and choose another --out"
+        )
+    return front
 
 
 def dry_run(config: RunConfig, *, progress: Progress | None = None) -> dict[str, Any]:

@@ -19,7 +19,8 @@ class GraphModule(nn.Module):
     """A graph with weights as an ``nn.Module``.
 
     Parameters keep the names they had in the model that was read (``layer1.0.conv1.weight``), so a state dict of
-    the one is readable beside the other.  Three dictionaries change what is computed and are empty by default:
+    the one is readable beside the other.  What the model does not learn (constants, running statistics) is a buffer.
+    Three dictionaries change what is computed and are empty by default:
 
     - ``taps[tensor]``: replaces an activation by what the callable gives for it (observe it, or quantize it);
     - ``weight_taps[layer]``: replaces a layer's weight in the same way;
@@ -41,10 +42,14 @@ class GraphModule(nn.Module):
         self.norms = nn.ModuleDict()
         self._last_reader = _last_readers(graph)
         self._own = frozenset(dir(self))
+        trained = _trained(graph)
         for name in graph.weight_names():
-            self._place(name, weights[name])
+            self._place(name, weights[name], name in trained)
+        # Bounds are wanted as numbers on every run; a tensor would have to be read out each time.
+        bounds = {name for layer in graph.layers if layer.op == "Clip" for name in layer.weights}
+        self._bounds = {name: float(weights[name]) for name in bounds if not weights[name].is_meta}
 
-    def _place(self, name: str, value: torch.Tensor) -> None:
+    def _place(self, name: str, value: torch.Tensor, trained: bool) -> None:
         owner: nn.Module = self
         *path, leaf = name.split(".")
         # A model may call its own parts what this class calls its own.
@@ -56,7 +61,7 @@ class GraphModule(nn.Module):
             if part not in owner._modules:
                 owner.add_module(part, nn.Module())
             owner = owner._modules[part]  # type: ignore[assignment]
-        if value.is_floating_point():
+        if trained and value.is_floating_point():
             owner.register_parameter(leaf, nn.Parameter(value.detach().clone()))
         else:
             owner.register_buffer(leaf, value.detach().clone())
@@ -89,10 +94,12 @@ class GraphModule(nn.Module):
         return outputs[0] if len(outputs) == 1 else outputs
 
     def _run(self, layer: Layer, values: dict[str, torch.Tensor]) -> None:
-        arguments: list[torch.Tensor | None] = []
+        arguments: list[torch.Tensor | float | None] = []
         for slot, name in enumerate(layer.inputs):
             if not name:
                 arguments.append(None)
+            elif name in self._bounds:
+                arguments.append(self._bounds[name])
             elif name in self._places:
                 stored = self.weight(name)
                 tap = self.weight_taps.get(layer.name) if slot == 1 else None
@@ -107,6 +114,17 @@ class GraphModule(nn.Module):
                 continue
             value = norm(value) if norm is not None else value
             values[name] = self.taps[name](value) if name in self.taps else value
+
+
+def _trained(graph: ModelGraph) -> set[str]:
+    """Stored tensors that training may change: weights, biases, the scales of norms, and vectors added or multiplied."""
+    names: set[str] = set()
+    for layer in graph.layers:
+        if layer.op in ("Conv", "Gemm", "MatMul", "BatchNormalization", "LayerNormalization"):
+            names |= {name for name in layer.inputs[1:3] if name in layer.weights}
+        elif layer.op in ("Add", "Mul", "PRelu", "Gather", "Concat", "Expand"):
+            names |= {name for name in layer.weights if graph.tensors[name].elements > 1}
+    return names
 
 
 def _last_readers(graph: ModelGraph) -> dict[int, tuple[str, ...]]:

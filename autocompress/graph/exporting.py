@@ -48,8 +48,7 @@ def export(module: nn.Module, example_inputs: tuple[torch.Tensor, ...]) -> Expor
     Raises:
         UsageError: torch cannot export the module.
     """
-    names = list(inspect.signature(module.forward).parameters)[: len(example_inputs)]
-    dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in example_inputs)
+    names, dynamic = _signature(module, len(example_inputs))
     try:
         with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
             warnings.simplefilter("ignore")
@@ -65,6 +64,17 @@ def export(module: nn.Module, example_inputs: tuple[torch.Tensor, ...]) -> Expor
         ) from error
     assert program is not None
     return _converted(program.model.graph)
+
+
+def _signature(module: nn.Module, count: int) -> tuple[list[str], tuple[Any, ...]]:
+    """The names of a module's inputs and which of their axes is the batch, in the form of its own arguments."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    single = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:count]
+    batch = [{0: torch.export.Dim.DYNAMIC} for _ in range(count)]
+    if len(single) == count:
+        return single, tuple(batch)
+    rest = [f"input_{number}" for number in range(len(single), count)]
+    return [*single, *rest], (*batch[: len(single)], tuple(batch[len(single) :]))
 
 
 @contextmanager

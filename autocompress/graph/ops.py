@@ -6,6 +6,7 @@ An operator that is not here cannot be simulated; ``read_model`` says so by name
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,6 +48,11 @@ _ELEMENTWISE: dict[str, Operator] = {
     "Relu": F.relu, "Sigmoid": torch.sigmoid, "Tanh": torch.tanh, "HardSwish": F.hardswish, "Erf": torch.erf,
     "Sqrt": torch.sqrt, "Reciprocal": torch.reciprocal, "Exp": torch.exp, "Neg": torch.neg, "Abs": torch.abs,
     "Add": torch.add, "Sub": torch.sub, "Mul": torch.mul, "Div": torch.div, "Pow": torch.pow, "MatMul": torch.matmul,
+    "Max": lambda *x: functools.reduce(torch.maximum, x), "Min": lambda *x: functools.reduce(torch.minimum, x),
+    "PRelu": lambda x, slope: torch.where(x < 0, slope * x, x), "Log": torch.log, "Selu": F.selu,
+    "Softsign": F.softsign, "Floor": torch.floor, "Ceil": torch.ceil, "Round": torch.round, "Sin": torch.sin,
+    "Cos": torch.cos, "Not": torch.logical_not, "And": torch.logical_and, "Or": torch.logical_or,
+    "Less": torch.lt, "Greater": torch.gt, "LessOrEqual": torch.le, "GreaterOrEqual": torch.ge,
     "Identity": lambda x: x, "Equal": torch.eq, "Where": torch.where, "Softplus": F.softplus, "Mish": F.mish,
 }  # fmt: skip
 for _name, _function in _ELEMENTWISE.items():
@@ -112,7 +118,10 @@ def _layer_norm(
 
 @operator("Clip")
 def _clip(
-    attributes: Attributes, x: torch.Tensor, low: torch.Tensor | None = None, high: torch.Tensor | None = None
+    attributes: Attributes,
+    x: torch.Tensor,
+    low: torch.Tensor | float | None = None,
+    high: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
     return torch.clamp(x, None if low is None else float(low), None if high is None else float(high))
 
@@ -153,6 +162,11 @@ def _global_average_pool(attributes: Attributes, x: torch.Tensor) -> torch.Tenso
     return x.mean(dim=tuple(range(2, x.dim())), keepdim=True)
 
 
+@operator("GlobalMaxPool")
+def _global_max_pool(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
+    return x.amax(dim=tuple(range(2, x.dim())), keepdim=True)
+
+
 @operator("MaxPool")
 def _max_pool(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
     kernel = _ints(attributes["kernel_shape"])
@@ -185,6 +199,22 @@ def _reduce_mean(attributes: Attributes, x: torch.Tensor, axes: torch.Tensor | N
 @operator("ReduceSum")
 def _reduce_sum(attributes: Attributes, x: torch.Tensor, axes: torch.Tensor | None = None) -> torch.Tensor:
     return x.sum(dim=_axes(attributes, axes, x.dim()), keepdim=bool(attributes.get("keepdims", 1)))
+
+
+@operator("ReduceMax")
+def _reduce_max(attributes: Attributes, x: torch.Tensor, axes: torch.Tensor | None = None) -> torch.Tensor:
+    return x.amax(dim=_axes(attributes, axes, x.dim()), keepdim=bool(attributes.get("keepdims", 1)))
+
+
+@operator("InstanceNormalization")
+def _instance_norm(attributes: Attributes, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.instance_norm(x, weight=scale, bias=bias, eps=float(attributes.get("epsilon", 1e-5)))  # type: ignore[arg-type]
+
+
+@operator("GroupNormalization")
+def _group_norm(attributes: Attributes, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    groups = int(attributes["num_groups"])  # type: ignore[arg-type]
+    return F.group_norm(x, groups, scale, bias, eps=float(attributes.get("epsilon", 1e-5)))  # type: ignore[arg-type]
 
 
 @operator("Flatten")

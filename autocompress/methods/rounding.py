@@ -64,20 +64,20 @@ def round_with_compensation(
     low, high = integer_range(bits)
     columns = weight.shape[1]
     upper = inverse_factor(hessian).float()
-    work = torch.cat([weight, bias[:, None]], dim=1).to(upper.dtype)
+    # Inputs stand in rows here, so that each step reads and writes contiguous memory.
+    work = torch.cat([weight.t(), bias[None]]).to(upper.dtype)
     step = scales.to(upper.dtype)
+    errors = torch.empty(BLOCK, work.shape[1], dtype=work.dtype)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        errors = torch.zeros(work.shape[0], stop - start, dtype=work.dtype)
         for column in range(start, stop):
-            value = work[:, column]
-            rounded = (value / step).round().clamp(low, high) * step
-            error = (value - rounded) / upper[column, column]
-            work[:, column + 1 : stop] -= error[:, None] * upper[column, column + 1 : stop][None]
-            work[:, column] = rounded
-            errors[:, column - start] = error
-        work[:, stop:] -= errors @ upper[start:stop, stop:]
-    return work[:, :columns].to(weight.dtype), work[:, columns].to(bias.dtype)
+            value = work[column]
+            rounded = (value / step).round_().clamp_(low, high).mul_(step)
+            error = torch.sub(value, rounded, out=errors[column - start]).div_(upper[column, column])
+            work[column] = rounded
+            work[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1.0)
+        work[stop:].addmm_(upper[start:stop, stop:].t(), errors[: stop - start], alpha=-1.0)
+    return work[:columns].t().to(weight.dtype).contiguous(), work[columns].to(bias.dtype)
 
 
 def snap(matrix: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
