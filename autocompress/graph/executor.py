@@ -117,7 +117,7 @@ class GraphModule(nn.Module):
 
 
 def _trained(graph: ModelGraph) -> set[str]:
-    """Stored tensors that training may change: weights, biases, the scales of norms, and vectors added or multiplied."""
+    """Stored tensors that training may change: weights, biases, scales of norms, and vectors added or multiplied."""
     names: set[str] = set()
     for layer in graph.layers:
         if layer.op in ("Conv", "Gemm", "MatMul", "BatchNormalization", "LayerNormalization"):

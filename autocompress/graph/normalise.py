@@ -55,7 +55,14 @@ def name_weights(exported: Exported, module: nn.Module) -> Exported:
     """
     state = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     state = {name: value.detach() for name, value in state.items()}
-    layers, weights = _untransposed(exported.layers, dict(exported.weights), state)
+    first: dict[int, str] = {}
+    for name, value in state.items():
+        first.setdefault(value.data_ptr() if value.numel() else id(value), name)
+    tied = {name: first.get(value.data_ptr(), name) for name, value in state.items() if name in exported.weights}
+    tied = {name: owner for name, owner in tied.items() if owner != name and owner not in exported.weights}
+    weights = {tied.get(name, name): value for name, value in exported.weights.items()}
+    layers = [_with_inputs(layer, tied) for layer in exported.layers]
+    layers, weights = _untransposed(layers, weights, state)
     layers = _unshared(layers, weights, exported.scopes, state)
     return Exported(layers, weights, exported.scopes, exported.inputs, exported.outputs)
 
@@ -87,6 +94,10 @@ def _with_inputs(layer: Layer, renamed: Mapping[str, str]) -> Layer:
     return layer.model_copy(update=update)
 
 
+_Use = tuple[str, str | None]
+"""The module that was running, and what it calls the tensor."""
+
+
 def _unshared(
     layers: list[Layer],
     weights: dict[str, torch.Tensor],
@@ -94,36 +105,40 @@ def _unshared(
     state: Mapping[str, torch.Tensor],
 ) -> list[Layer]:
     """Undoes the merging of equal tensors; those that the module itself uses in two places stay shared."""
-    uses: dict[str, dict[str, str | None]] = {}
+    uses: dict[str, dict[_Use, str | None]] = {}
     for layer in layers:
         for slot, name in enumerate(layer.inputs):
             if name in layer.weights and weights[name].is_floating_point() and weights[name].numel() > 1:
-                scope, leaf = scopes.get(layer.name, ""), _LEAVES.get(layer.op, {}).get(slot)
-                owner = _owner(name, f"{scope}.{leaf}".lstrip(".") if leaf else None, weights[name], state)
-                if uses.setdefault(name, {}).get(scope) is None:
-                    uses[name][scope] = owner
-    owned: dict[tuple[str, str], str] = {}
+                use = (scopes.get(layer.name, ""), _LEAVES.get(layer.op, {}).get(slot))
+                wanted = ".".join(filter(None, use)) if use[1] else None
+                owner = _owner(name, wanted, weights[name], state)
+                if uses.setdefault(name, {}).get(use) is None:
+                    uses[name][use] = owner
+    owned: dict[tuple[str, _Use], str] = {}
     taken = set(weights) | {owner for found in uses.values() for owner in found.values() if owner}
     for name, found in uses.items():
         if len(found) < 2:
             continue
         held = name in found.values()
-        for scope, owner in found.items():
+        for use, owner in found.items():
             if owner is None and held:
                 # A norm merged into a layer hides the layer's own path: any weight of the module not yet seen fits.
                 owner = next((c for c, v in state.items() if c not in taken and _equal(v, weights[name])), None)
-                owner = owner or f"{name}/{scope}"
+                owner = owner or "/".join((name, *filter(None, use)))
                 taken.add(owner)
             held = True
-            owned[name, scope] = owner or name
+            owned[name, use] = owner or name
     result = []
     for layer in layers:
-        scope = scopes.get(layer.name, "")
-        renamed = {name: owned[name, scope] for name in layer.weights if (name, scope) in owned}
-        for name, owner in renamed.items():
-            if owner not in weights:
-                weights[owner] = weights[name].clone()
-        result.append(_with_inputs(layer, renamed))
+        inputs = list(layer.inputs)
+        for slot, name in enumerate(layer.inputs):
+            use = (scopes.get(layer.name, ""), _LEAVES.get(layer.op, {}).get(slot))
+            if (name, use) in owned:
+                inputs[slot] = owned[name, use]
+                if inputs[slot] not in weights:
+                    weights[inputs[slot]] = weights[name].clone()
+        stored = tuple(name for name in inputs if name in weights)
+        result.append(layer.model_copy(update={"inputs": tuple(inputs), "weights": stored}))
     return result
 
 
@@ -144,15 +159,16 @@ def _equal(stored: torch.Tensor, value: torch.Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------- one spelling
 
 
-def normalise(layers: list[Layer], weights: dict[str, torch.Tensor], shapes: Mapping[str, Shape]) -> list[Layer]:
+def normalise(exported: Exported, weights: dict[str, torch.Tensor], shapes: Mapping[str, Shape]) -> list[Layer]:
     """One spelling for pooling, flattening, matrix products and biases; attributes at their default are dropped.
 
     Args:
-        layers: of the graph.
+        exported: the graph.
         weights: its stored tensors; biases that were missing are added.
         shapes: of its activations, as traced: the batch among them.
     """
-    uses: dict[str, int] = {}
+    layers = _without_identities(exported.layers, exported.outputs)
+    uses: dict[str, int] = dict.fromkeys(exported.outputs, 1)
     for layer in layers:
         for name in layer.inputs:
             uses[name] = uses.get(name, 0) + 1
@@ -178,6 +194,20 @@ def normalise(layers: list[Layer], weights: dict[str, torch.Tensor], shapes: Map
         if layer.op == "Conv":
             attributes.pop("kernel_shape", None)
         result.append(layer.model_copy(update={"attributes": attributes}))
+    return result
+
+
+def _without_identities(layers: list[Layer], outputs: tuple[str, ...]) -> list[Layer]:
+    """Leaves out operators that hand on what they read; one that gives the model's output stays."""
+    same: dict[str, str] = {}
+    result: list[Layer] = []
+    for layer in layers:
+        if any(name in same for name in layer.inputs):
+            layer = layer.model_copy(update={"inputs": tuple(same.get(name, name) for name in layer.inputs)})
+        if layer.op == "Identity" and layer.activations and layer.outputs[0] not in outputs:
+            same[layer.outputs[0]] = layer.inputs[0]
+        else:
+            result.append(layer)
     return result
 
 

@@ -39,7 +39,7 @@ def read_model(
     weights = exported.weights
     raw = _untraced(exported, exported.layers, weights)
     shapes = {name: shape for name, (shape, _) in trace(raw, weights, example_inputs).items()}
-    layers = name_layers(normalise(exported.layers, weights, shapes))
+    layers = name_layers(normalise(exported, weights, shapes))
     used = {name for layer in layers for name in layer.weights}
     weights = {name: value for name, value in weights.items() if name in used}
     graph = _untraced(exported, layers, weights)

@@ -15,7 +15,7 @@ BATCH = 1009
 
 def on_meta(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights without their values; integers and scalars keep theirs, for they may be shapes and axes."""
-    return {n: w.to("meta") if w.is_floating_point() and w.dim() > 0 else w for n, w in weights.items()}
+    return {n: w.to("meta") if w.is_floating_point() and w.numel() > 1 else w for n, w in weights.items()}
 
 
 def trace_shapes(

@@ -34,11 +34,11 @@ FORMATS_SHARE = 0.25
 TRAINING_SHARE = 0.85
 """Share of a structure's time that trains; the rest exports, scores and times its models."""
 
-SLOT_S = 12.0
+SLOT_S = 10.0
 """Seconds of recovery for each structure that enters, both rungs counted."""
 
 MOST_STRUCTURES = 8
-STUDENT_SHARE = 0.5
+STUDENT_SHARE = 0.6
 FRESH_MIN_S = 25.0
 PROMOTED = 3
 STEPS_FIRST, STEPS_SECOND, STEPS_FORMATS, STRUCTURES = 150, 300, 60, 4

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 FRESH_LEARNING_RATE = 3.0
 """How much faster fresh weights learn than inherited ones."""
 
+BATCH, SMALL_BATCH, FEW_SAMPLES = 128, 64, 10_000
+"""Samples a training step, and for data sets of fewer than ``FEW_SAMPLES``."""
+
 QAT_LEARNING_RATE = 0.25
 """Learning rate with formats simulated, relative to the recipe's."""
 
@@ -60,13 +63,12 @@ class Trainer:
         teacher: training samples with the teacher's answers.
         seed: of the sample order.
         repeatable: whether the same steps must give the same weights; it rules out choices made by timing.
-        batch_size: samples a step.
     """
 
-    def __init__(
-        self, task: Task, teacher: TeacherData, seed: int, repeatable: bool = False, batch_size: int = 128
-    ) -> None:
-        self.task, self.teacher, self.seed, self.batch_size = task, teacher, seed, batch_size
+    def __init__(self, task: Task, teacher: TeacherData, seed: int, repeatable: bool = False) -> None:
+        self.task, self.teacher, self.seed = task, teacher, seed
+        # Few samples make short epochs: smaller batches take more steps in the same time.
+        self.batch_size = SMALL_BATCH if len(teacher.split) < FEW_SAMPLES else BATCH
         self.repeatable = repeatable
         calibration = task.split("calibration").inputs
         self.calibration = [(calibration[i : i + 128],) for i in range(0, len(calibration), 128)]
