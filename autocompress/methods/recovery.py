@@ -23,9 +23,19 @@ def add_norms(module: GraphModule, batches: Batches, fresh: bool = False) -> Non
 
     Exported models have their batch norms folded away; training a deep network without any is slow and unstable.
     The norm's scale and shift are the output's own deviation and mean, so at first it changes nothing; ``fresh``
-    starts it as a new network's instead (scale 1, shift 0).
+    starts it as a new network's instead (scale 1, shift 0).  Layers whose weights have a second use get none, for
+    it could not be folded, nor do those behind a global pool, whose one value a sample no network normalises.
     """
-    convolutions = [layer for layer in module.graph.compressible if layer.op == "Conv"]
+    graph = module.graph
+    pooled = _pooled(graph)
+    convolutions = [
+        layer
+        for layer in graph.compressible
+        if layer.op == "Conv"
+        and len(graph.tensors[layer.inputs[1]].shape) == 4
+        and layer.name not in _shared(graph)
+        and layer.inputs[0] not in pooled
+    ]
     statistics = None if fresh else collect(module, batches, seed=0, hessians=False)
     for layer in convolutions:
         channels = module.graph.tensors[layer.outputs[0]].shape[0]
@@ -40,6 +50,20 @@ def add_norms(module: GraphModule, batches: Batches, fresh: bool = False) -> Non
         module.set_norm(layer, norm.train(module.training))
         if len(layer.inputs) > 2:  # A bias in front of a norm has no effect.
             module.weight(layer.inputs[2]).requires_grad_(False)
+
+
+def _shared(graph: ModelGraph) -> set[str]:
+    """Layers whose weights are used more than once."""
+    return {name for layer in graph.layers if layer.shared_with for name in (layer.name, *layer.shared_with)}
+
+
+def _pooled(graph: ModelGraph) -> set[str]:
+    """Tensors computed from globally pooled ones alone."""
+    found: set[str] = set()
+    for layer in graph.layers:
+        if layer.op == "GlobalAveragePool" or (layer.activations and found.issuperset(layer.activations)):
+            found.update(layer.outputs)
+    return found
 
 
 def fold_norms(module: GraphModule) -> None:
@@ -142,25 +166,33 @@ def correct_statistics(
     taps = dict(module.taps)
     weights = dict(compressed.weights)
     scales = dict(compressed.weight_scales)
-    producers = {layer.outputs[0]: layer for layer in compressed.graph.compressible if layer.op == "Conv"}
+    shared = _shared(compressed.graph)
+    producers = {
+        layer.outputs[0]: layer
+        for layer in compressed.graph.compressible
+        if layer.op == "Conv" and layer.name in means and layer.name not in shared
+    }
 
     def corrector(name: str, layer: Layer) -> Tap:
         inner = taps.get(name)
 
         def tap(value: torch.Tensor) -> torch.Tensor:
-            mean = value.mean(dim=(0, 2, 3))
-            deviation = (value.square().mean(dim=(0, 2, 3)) - mean.square()).clamp_min(0.0).sqrt()
+            others = [axis for axis in range(value.dim()) if axis != 1]
+            mean = value.mean(dim=others)
+            deviation = (value.square().mean(dim=others) - mean.square()).clamp_min(0.0).sqrt()
             gain = (deviations[layer.name] / deviation.clamp_min(1e-6)).clamp(0.5, 2.0)
             gain = torch.where(deviation < 1e-6, torch.ones_like(gain), gain)
             shift = means[layer.name] - mean * gain
-            weight = weights[layer.inputs[1]] * gain.reshape(-1, 1, 1, 1)
+            weight = weights[layer.inputs[1]]
+            weight = weight * gain.reshape(-1, *(1,) * (weight.dim() - 1))
             if layer.name in scales:
                 scales[layer.name] = scales[layer.name] * gain
                 weight = from_matrix(layer, snap(weight_matrix(layer, weight), scales[layer.name]), weight.shape)
             weights[layer.inputs[1]] = weight
             if len(layer.inputs) > 2:
                 weights[layer.inputs[2]] = weights[layer.inputs[2]] * gain + shift
-            value = value * gain.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
+            places = (1, -1, *(1,) * (value.dim() - 2))
+            value = value * gain.reshape(places) + shift.reshape(places)
             return inner(value) if inner else value
 
         return tap

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +13,9 @@ import pytest
 from autocompress.front import LoadedFront, load_front
 from autocompress.tasks import load_task
 from autocompress.tasks.base import Task
-from tests.e2e.tools import TASK, CommandLine, Result
+from tests.e2e.tools import TASK, CommandLine, Result, finish
+
+DIGITS_BUDGET_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,47 @@ class Run:
         return load_front(self.path)
 
 
+@dataclass(frozen=True)
+class Started:
+    """A search that goes on."""
+
+    path: Path
+    options: tuple[str, ...]
+    process: subprocess.Popen[str]
+    begun: float
+
+
 @pytest.fixture(scope="session")
 def cli(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
     return CommandLine(tmp_path_factory.mktemp("e2e"))
 
 
 @pytest.fixture(scope="session")
-def run(cli: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def digits_started(
+    cli: CommandLine, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Started | None]:
+    """The embedded default, begun beside the search of ``run`` where a test wants it: each takes a minute."""
+    if not any("digits" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        yield None
+        return
+    path = tmp_path_factory.mktemp("digits") / "run"
+    options = ("--task", "digits", "--time-budget", f"{DIGITS_BUDGET_S:g}s", "--seed", "0")
+    process = cli.start("search", *options, "--out", path)
+    yield Started(path, options, process, time.monotonic())
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def digits(digits_started: Started) -> Run:
+    """The embedded default, from nothing: the original is trained, the machine measured, a time budget kept."""
+    result = finish(digits_started.process, digits_started.begun)
+    assert result.code == 0, result.err
+    return Run(digits_started.path, digits_started.options, result)
+
+
+@pytest.fixture(scope="session")
+def run(cli: CommandLine, tmp_path_factory: pytest.TempPathFactory, digits_started: Started | None) -> Run:
     """The example's model, searched with few trials: enough to begin the sampler's own choices."""
     options = (*cli.own_task, "--trials", "48", "--seed", "0")
     path = tmp_path_factory.mktemp("runs") / "own"
