@@ -134,7 +134,7 @@ def test_training_with_formats_simulated_brings_the_output_nearer() -> None:
     def train(module: GraphModule, scales: list[nn.Parameter]) -> None:
         seen.append(len(scales))
         optimizer = torch.optim.Adam([*module.parameters(), *scales], lr=2e-3)
-        for _ in range(30):
+        for _ in range(80):
             optimizer.zero_grad()
             (module(images) - wanted).square().mean().backward()
             optimizer.step()
