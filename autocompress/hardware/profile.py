@@ -17,6 +17,7 @@ from autocompress.errors import UsageError, unknown_name
 from autocompress.plan import Value
 from autocompress.progress import Progress
 from autocompress.resources import find_resource, resource_names
+from autocompress.tasks.cache import cache_directory
 
 PROFILE_VERSION: Literal[1] = 1
 LOCAL = "local"
@@ -183,17 +184,11 @@ def cpu_description() -> str:
     return ", ".join([name, *details, *(flag for flag in wanted if flag in present)])
 
 
-def cache_directory() -> Path:
-    """``AUTOCOMPRESS_CACHE``, or ``~/.cache/autocompress``."""
-    given = os.environ.get("AUTOCOMPRESS_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "autocompress"
-
-
 def local_path(runtime: str, runtime_version: str, threads: int, batch: int, cache_dir: Path | None = None) -> Path:
     """Where the profile of this machine is cached: one file for each CPU, runtime version, threads and batch."""
     cpu = hashlib.sha256(f"{cpu_description()}|{os.cpu_count()}".encode()).hexdigest()[:10]
     name = f"{runtime}-{runtime_version}-{cpu}-t{threads}-b{batch}-v{PROFILE_VERSION}.{_REVISION}.yaml"
-    return (cache_dir or cache_directory()) / "hardware" / name
+    return cache_directory(cache_dir) / "hardware" / name
 
 
 def list_hardware() -> list[str]:
