@@ -198,7 +198,7 @@ def distill(
             if seen:
                 loss = loss + recipe.feature_weight * similarity_loss(seen[0].float(), features)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"the distillation loss became {float(loss)} at step {taken}")
+                raise FloatingPointError(f"the distillation loss became {float(loss.detach())} at step {taken}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(own, 5.0)

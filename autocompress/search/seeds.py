@@ -49,7 +49,8 @@ def measure_sensitivity(menu: Menu, judge: Callable[[CompressionPlan], float], p
             progress.advance()
             if choice == dense[index]:
                 return 0.0
-            return judge(menu.plan([*dense[:index], choice, *dense[index + 1 :]]))
+            # Rounded, because the last digits differ from process to process and the seeds should not.
+            return float(f"{judge(menu.plan([*dense[:index], choice, *dense[index + 1 :]])):.3g}")
 
         whole = options[dense[index]]
         by_width = {keep: loss(keep, whole.format) for keep in widths}

@@ -26,7 +26,7 @@ PLAN = "plan"
 ERROR = "stitched_error"
 SAME_AS = "same_as"
 RETRY_OF = "retry_of"
-DIGITS = 4
+DIGITS = 3
 
 
 class _Connection(sqlite3.Connection):

@@ -54,15 +54,19 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
 
 @pytest.fixture(scope="session")
 def digits_started(
-    cli: CommandLine, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Started | None]:
-    """The embedded default, begun beside the search of ``run`` where a test wants it: each takes a minute."""
+    """The embedded default, begun beside the search of ``run`` where a test wants it: each takes a minute.
+
+    Its cache is its own: measured beside each other, the two would leave one of two profiles of the machine there.
+    """
     if not any("digits" in getattr(item, "fixturenames", ()) for item in request.session.items):
         yield None
         return
-    path = tmp_path_factory.mktemp("digits") / "run"
+    folder = tmp_path_factory.mktemp("digits")
+    path = folder / "run"
     options = ("--task", "digits", "--time-budget", f"{DIGITS_BUDGET_S:g}s", "--seed", "0")
-    process = cli.start("search", *options, "--out", path)
+    process = CommandLine(folder).start("search", *options, "--out", path)
     yield Started(path, options, process, time.monotonic())
     process.kill()
     process.wait()

@@ -64,6 +64,8 @@ class CommandLine:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # Under nohup and in background jobs of a shell Ctrl-C's signal is ignored, and children inherit that.
+            preexec_fn=_heed_interrupts,
         )
 
     def __call__(self, *words: object) -> Result:
@@ -82,6 +84,10 @@ class CommandLine:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
         return finish(process, begun)
+
+
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def finish(process: subprocess.Popen[str], begun: float) -> Result:

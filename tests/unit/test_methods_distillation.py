@@ -19,7 +19,7 @@ from autocompress.methods.distillation import (
     teach,
 )
 from autocompress.plan import Recipe
-from autocompress.progress import Progress
+from autocompress.progress import SilentProgress
 from autocompress.tasks.splits import TensorSplit
 from tests.graphs import GraphMaker, resnet
 
@@ -36,7 +36,7 @@ def split() -> TensorSplit:
 
 @pytest.fixture(scope="module")
 def data(split: TensorSplit) -> TeacherData:
-    return teach(net(0), split, mirror=True, progress=Progress(), batch_size=40)
+    return teach(net(0), split, mirror=True, progress=SilentProgress(), batch_size=40)
 
 
 def train(module: GraphModule, data: TeacherData, recipe: Recipe, steps: int = 60, **options: object) -> int:
@@ -66,7 +66,7 @@ def test_the_teacher_is_asked_once_for_each_view(split: TensorSplit, data: Teach
     assert data.features is not None
     assert data.features.shape == (2, 96, 8)
     seen = dict(teacher.taps)
-    single = teach(teacher, split, mirror=False, progress=Progress())
+    single = teach(teacher, split, mirror=False, progress=SilentProgress())
     assert single.logits.shape[0] == 1
     assert teacher.taps == seen
 
@@ -166,7 +166,7 @@ def test_a_model_that_ends_in_a_convolution_has_no_features(split: TensorSplit) 
     maker.op("Flatten", (pooled,), "logits", (10,))
     module = build_module(maker.build(("image",), ("logits",)), maker.weights)
     assert penultimate(module) is None
-    taught = teach(module, split, mirror=False, progress=Progress())
+    taught = teach(module, split, mirror=False, progress=SilentProgress())
     assert taught.features is None
     assert train(module, taught, Recipe(feature_weight=1.0), steps=2) == 2
 

