@@ -33,7 +33,7 @@ from autocompress.front import LoadedFront, load_front
 from autocompress.plan import CompressionPlan
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-STARTING_S = 25.0
+STARTING_S = 60.0
 """How long a process may take to get to work before the wait for a kill begins anyway."""
 
 
@@ -80,8 +80,12 @@ class Interrupted:
         self.legs: list[Leg] = []
         self._ended: dict[tuple[str, int], Trial] = {}
 
-    def go(self, kill_after: float | None) -> Leg:
-        """Runs one process: killed so many seconds after it got to work, or left to end.
+    def go(self, kill_after: float | None, at_once: bool = False) -> Leg:
+        """Runs one process to its end.
+
+        Args:
+            kill_after: seconds of work after which it is killed; None leaves it alone.
+            at_once: count them from when it enters the run directory, not from when it has read the model again.
 
         Raises:
             RuntimeError: the process ended with an error of its own.
@@ -93,7 +97,7 @@ class Interrupted:
             )
             try:
                 if kill_after is not None:
-                    self._wait_for_work(process)
+                    self._wait_for_work(process, 1 if at_once else 2)
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(kill_after)
                     process.kill()
@@ -121,15 +125,16 @@ class Interrupted:
         self.legs.append(leg)
         return leg
 
-    def _wait_for_work(self, process: subprocess.Popen[bytes]) -> None:
-        """Importing and reading the model takes seconds in which there is nothing to lose."""
-        log = self.run / "log.jsonl"
-        before = log.stat().st_size if log.is_file() else 0
+    def _wait_for_work(self, process: subprocess.Popen[bytes], lines: int) -> None:
+        """Waits for new lines in the log: the first when the run is entered, the second when its model has been read."""
+        wanted = self._log_lines() + lines
         deadline = time.monotonic() + STARTING_S
-        while time.monotonic() < deadline and process.poll() is None:
-            if log.is_file() and log.stat().st_size > before:
-                return
+        while time.monotonic() < deadline and process.poll() is None and self._log_lines() < wanted:
             time.sleep(0.05)
+
+    def _log_lines(self) -> int:
+        log = self.run / "log.jsonl"
+        return log.read_bytes().count(b"\n") if log.is_file() else 0
 
     @property
     def evaluated_twice(self) -> list[str]:
@@ -220,9 +225,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="kill-resume-") as folder:
         run = Path(folder) / "run"
         search = Interrupted(run, ["--task", "digits", "--time-budget", given.time_budget, "--quiet"])
-        for _ in range(given.kills):
-            # Short enough that ten of them fit into the budget, whose time runs only while the run is at work.
-            print(_line(search.go(kill_after=moments.uniform(0.5, 14.0))), flush=True)
+        for number in range(given.kills):
+            # Short enough that ten of them fit into the budget; every fourth falls into the start.
+            leg = search.go(kill_after=moments.uniform(0.2, 12.0 if number % 4 else 4.0), at_once=number % 4 == 0)
+            print(_line(leg), flush=True)
         print(_line(search.go(kill_after=None)), flush=True)
         odd, twice = leftovers(run), search.evaluated_twice
         environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))

@@ -28,6 +28,7 @@ def test_a_short_search_already_gives_a_front(digits: Run) -> None:
     assert max(point.shrink for point in front.points if point.drop <= 2.0) >= 3.5
 
 
+@pytest.mark.slow
 def test_the_time_budget_is_kept(digits: Run) -> None:
     search = digits.front.front.search
     spent = json.loads((digits.path / ".work" / "spent.json").read_text(encoding="utf-8"))

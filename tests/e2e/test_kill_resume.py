@@ -27,8 +27,8 @@ def killed_and_resumed(cli: CommandLine, folder: Path, kills: int, longest_s: fl
     options += ["--max-size-mb", str(MAX_SIZE_MB), "--max-drop", str(MAX_DROP)]
     search = Interrupted(folder / "run", options, cli.environment)
     moments = random.Random(kills)
-    for _ in range(kills):
-        leg = search.go(kill_after=moments.uniform(0.5, longest_s))
+    for number in range(kills):
+        leg = search.go(kill_after=moments.uniform(0.2, longest_s), at_once=number % 4 == 1)
         assert (leg.lost, leg.broken) == (0, ""), leg
     leg = search.go(kill_after=None)
     assert (leg.lost, leg.broken, leg.status, leg.ended_by) == (0, "", "complete", "itself"), leg
