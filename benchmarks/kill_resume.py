@@ -126,7 +126,7 @@ class Interrupted:
         return leg
 
     def _wait_for_work(self, process: subprocess.Popen[bytes], lines: int) -> None:
-        """Waits for new lines in the log: the first when the run is entered, the second when its model has been read."""
+        """Waits for log lines: the first comes when the run is entered, the second when its model has been read."""
         wanted = self._log_lines() + lines
         deadline = time.monotonic() + STARTING_S
         while time.monotonic() < deadline and process.poll() is None and self._log_lines() < wanted:
