@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -33,8 +33,10 @@ from autocompress.front import LoadedFront, load_front
 from autocompress.plan import CompressionPlan
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-STARTING_S = 60.0
-"""How long a process may take to get to work before the wait for a kill begins anyway."""
+WAITING_S = 90.0
+"""How long a process may take to reach a stage before the wait for a kill begins anyway."""
+
+Stage = Literal["start", "work", "recover"]
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,13 @@ class Interrupted:
         self.legs: list[Leg] = []
         self._ended: dict[tuple[str, int], Trial] = {}
 
-    def go(self, kill_after: float | None, at_once: bool = False) -> Leg:
+    def go(self, kill_after: float | None, stage: Stage = "work") -> Leg:
         """Runs one process to its end.
 
         Args:
-            kill_after: seconds of work after which it is killed; None leaves it alone.
-            at_once: count them from when it enters the run directory, not from when it has read the model again.
+            kill_after: seconds into the stage after which it is killed; None leaves it alone.
+            stage: ``start``: the run has been entered; ``work``: its model has been read; ``recover``: something was
+                recovered.
 
         Raises:
             RuntimeError: the process ended with an error of its own.
@@ -97,7 +100,7 @@ class Interrupted:
             )
             try:
                 if kill_after is not None:
-                    self._wait_for_work(process, 1 if at_once else 2)
+                    self._wait_for(stage, process)
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(kill_after)
                     process.kill()
@@ -125,11 +128,15 @@ class Interrupted:
         self.legs.append(leg)
         return leg
 
-    def _wait_for_work(self, process: subprocess.Popen[bytes], lines: int) -> None:
-        """Waits for log lines: the first comes when the run is entered, the second when its model has been read."""
-        wanted = self._log_lines() + lines
-        deadline = time.monotonic() + STARTING_S
-        while time.monotonic() < deadline and process.poll() is None and self._log_lines() < wanted:
+    def _wait_for(self, stage: Stage, process: subprocess.Popen[bytes]) -> None:
+        """Waits until the process has come so far; its first lines in the log say so."""
+        wanted = self._log_lines() + (1 if stage == "start" else 2)
+        recovered = self.run / ".work" / "recovered"
+        deadline = time.monotonic() + WAITING_S
+        while time.monotonic() < deadline and process.poll() is None:
+            arrived = self._log_lines() >= wanted
+            if arrived and (stage != "recover" or any(recovered.glob("*.safetensors"))):
+                return
             time.sleep(0.05)
 
     def _log_lines(self) -> int:
@@ -226,8 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = Path(folder) / "run"
         search = Interrupted(run, ["--task", "digits", "--time-budget", given.time_budget, "--quiet"])
         for number in range(given.kills):
-            # Short enough that ten of them fit into the budget; every fourth falls into the start.
-            leg = search.go(kill_after=moments.uniform(0.2, 12.0 if number % 4 else 4.0), at_once=number % 4 == 0)
+            stage: Stage = "start" if number % 4 == 0 else "recover" if number >= given.kills // 2 else "work"
+            leg = search.go(moments.uniform(0.1, 8.0), stage)
             print(_line(leg), flush=True)
         print(_line(search.go(kill_after=None)), flush=True)
         odd, twice = leftovers(run), search.evaluated_twice

@@ -8,6 +8,9 @@ from autocompress.methods.linear import inverse_factor
 
 BLOCK = 128
 
+CHUNK = 1 << 20
+"""Weights looked at together when scales are chosen: what a processor's cache holds."""
+
 DEAD_ROW = 1e-3
 """A row whose largest weight is below this share of the layer's is held on the layer's grid."""
 
@@ -27,14 +30,20 @@ def row_scales(weight: torch.Tensor, bits: int) -> torch.Tensor:
     largest = weight.abs().amax(dim=1)
     # A dead row has no scale of its own: one near zero would push its bias out of the runtime's 32-bit integers.
     largest = largest.clamp_min(max(DEAD_ROW * float(largest.max()), 1e-8))
-    best = largest / high
     if bits >= 8:
-        return best
+        return largest / high
+    count = max(1, CHUNK // max(weight.shape[1], 1))
+    parts = zip(weight.split(count), largest.split(count), strict=True)
+    return torch.cat([_least_error(rows, extremes, low, high) for rows, extremes in parts])
+
+
+def _least_error(weight: torch.Tensor, largest: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    best = largest / high
     error = torch.full_like(best, float("inf"))
     for shrink in torch.linspace(0.55, 1.0, 19).tolist():
         scale = largest * shrink / high
-        rounded = (weight / scale[:, None]).round().clamp(low, high) * scale[:, None]
-        trial = (rounded - weight).square().sum(dim=1)
+        rounded = (weight / scale[:, None]).round_().clamp_(low, high).mul_(scale[:, None])
+        trial = rounded.sub_(weight).square_().sum(dim=1)
         best = torch.where(trial < error, scale, best)
         error = torch.minimum(trial, error)
     return best

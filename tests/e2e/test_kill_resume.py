@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kill_resume import Interrupted, leftovers, trials_of
+from benchmarks.kill_resume import Interrupted, Stage, leftovers, trials_of
 from tests.e2e.conftest import Run
 from tests.e2e.tools import CommandLine
 
@@ -27,8 +27,9 @@ def killed_and_resumed(cli: CommandLine, folder: Path, kills: int, longest_s: fl
     options += ["--max-size-mb", str(MAX_SIZE_MB), "--max-drop", str(MAX_DROP)]
     search = Interrupted(folder / "run", options, cli.environment)
     moments = random.Random(kills)
+    stages: tuple[Stage, ...] = ("work", "start", "recover")
     for number in range(kills):
-        leg = search.go(kill_after=moments.uniform(0.2, longest_s), at_once=number % 4 == 1)
+        leg = search.go(moments.uniform(0.1, longest_s), stages[number % 3])
         assert (leg.lost, leg.broken) == (0, ""), leg
     leg = search.go(kill_after=None)
     assert (leg.lost, leg.broken, leg.status, leg.ended_by) == (0, "", "complete", "itself"), leg
@@ -47,7 +48,7 @@ def check(search: Interrupted) -> None:
 
 @pytest.fixture(scope="module")
 def search(run: Run, cli: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
-    return killed_and_resumed(cli, tmp_path_factory.mktemp("kills"), kills=3, longest_s=14.0)
+    return killed_and_resumed(cli, tmp_path_factory.mktemp("kills"), kills=3, longest_s=5.0)
 
 
 def test_three_kills(search: Interrupted) -> None:
@@ -71,4 +72,4 @@ def test_budgets_hold_on_every_file_that_is_shipped(search: Interrupted) -> None
 
 @pytest.mark.slow
 def test_ten_kills(run: Run, cli: CommandLine, tmp_path: Path) -> None:
-    check(killed_and_resumed(cli, tmp_path, kills=10, longest_s=8.0))
+    check(killed_and_resumed(cli, tmp_path, kills=10, longest_s=4.0))
