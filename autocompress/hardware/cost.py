@@ -18,14 +18,16 @@ from autocompress.hardware.footprint import ActivationMemory, multiply_accumulat
 from autocompress.hardware.kernels import (
     FAMILIES,
     KINDS,
+    LIGHT,
     MEMORY,
     SUBSTITUTES,
+    VIEWS,
     Number,
     Work,
     cold_megabytes,
     cost_us,
 )  # fmt: skip
-from autocompress.hardware.lowering import ELEMENTWISE, POOLS, VIEWS, Lowering, Mask, make_steps, quantized_tensors
+from autocompress.hardware.lowering import Lowering, Mask, make_steps, quantized_tensors
 from autocompress.hardware.profile import HardwareProfile, KernelCost
 from autocompress.methods.quantization import FOLLOWERS
 from autocompress.plan import (
@@ -51,7 +53,7 @@ FORMATS = (
     LayerPlan(storage=INT4_WEIGHT),
 )
 
-_MODELLED = ELEMENTWISE | VIEWS | POOLS | FOLLOWERS | {"Conv", "Gemm", "MatMul"}
+_MODELLED = frozenset(LIGHT) | VIEWS | FOLLOWERS | {"Conv", "Gemm", "MatMul"}
 _DEFAULT_BAND = 0.15
 _WITH_WEIGHTS = ("fp32", "int8")
 

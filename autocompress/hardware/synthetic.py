@@ -290,7 +290,8 @@ def random_weights(graph: ModelGraph, rng: np.random.Generator) -> dict[str, tor
                 weights[name] = torch.tensor(0.0 if position == 1 else 6.0)
             else:
                 fan_in = float(np.prod(shape[1:])) if len(shape) > 1 else 100.0
-                weights[name] = torch.from_numpy((rng.standard_normal(shape) * fan_in**-0.5).astype(np.float32))
+                values = np.asarray(rng.standard_normal(shape) * fan_in**-0.5, dtype=np.float32)
+                weights[name] = torch.from_numpy(values)
     return weights
 
 
