@@ -86,7 +86,8 @@ def _float_fusions(graph: ModelGraph) -> dict[str, str]:
     """Layers that the optimizer joins with others where they run in float32.
 
     ``gone``: runs inside a neighbour (the scale or the last transposition before a product of two activations, the
-    bias before a Gelu, a Sigmoid behind a convolution); ``gate`` and ``swish``: ``x * sigmoid(x)``; ``split`` and ``part``: Gathers of one tensor.
+    bias before a Gelu, a Sigmoid behind a convolution); ``gate`` and ``swish``: ``x * sigmoid(x)``; ``split`` and
+    ``part``: Gathers of one tensor.
     """
     found: dict[str, str] = {}
 
@@ -164,7 +165,7 @@ def _lifted(graph: ModelGraph, held: Mapping[str, Mask]) -> dict[str, Mask]:
     """``held`` with what the optimizer adds: a quantizer is moved before what only changes its tensor's shape."""
     lifted = dict(held)
     for layer in reversed(graph.layers):
-        if layer.op != "Transpose" and layer.op not in VIEWS or not layer.activations or not layer.outputs:
+        if (layer.op != "Transpose" and layer.op not in VIEWS) or not layer.activations or not layer.outputs:
             continue
         source, mask = layer.activations[0], lifted.get(layer.outputs[0])
         if mask is not None and len(graph.consumers[source]) == 1 and source not in graph.outputs:
