@@ -19,7 +19,7 @@ from autocompress.export.onnx import to_onnx
 from autocompress.hardware.fitting import MeasuredModel, fit_kernels, hold_out
 from autocompress.hardware.profile import (
     LOCAL,
-    HardwareProfile,
+    FittedProfile,
     Provenance,
     Validity,
     cpu_description,
@@ -89,7 +89,7 @@ def local_profile(
     progress: Progress | None = None,
     refresh: bool = False,
     runtime: str = DEFAULT_RUNTIME,
-) -> HardwareProfile:
+) -> FittedProfile:
     """The profile of this machine, measured on first use (about 20 s) and cached.
 
     The cache holds one file for each CPU, runtime version, threads and batch, under ``cache_dir``,
@@ -108,7 +108,7 @@ def local_profile(
     path = local_path(runtime, load_runtime(runtime).version(), threads, batch, cache_dir)
     if path.is_file() and not refresh:
         try:
-            return HardwareProfile.load(path)
+            return FittedProfile.load(path)
         except UsageError as error:
             logger.warning("the cached hardware profile is measured again: %s", error)
     profile = measure_profile(threads, batch, progress, runtime=runtime)
@@ -122,7 +122,7 @@ def measure_profile(
     progress: Progress | None = None,
     models: int = _MODELS,
     runtime: str = DEFAULT_RUNTIME,
-) -> HardwareProfile:
+) -> FittedProfile:
     """Measures this machine now.
 
     Args:
@@ -149,7 +149,7 @@ def measure_profile(
     channels = [tensor.shape[0] for s in samples for tensor in s.graph.tensors.values() if len(tensor.shape) == 3]
     sizes = [s.input_shape[-1] for s in samples if len(s.input_shape) == 3]
     latency = [stats.median_ms for stats in latencies]
-    return HardwareProfile(
+    return FittedProfile(
         name=LOCAL,
         runtime=runtime,
         runtime_version=load_runtime(runtime).version(),

@@ -4,10 +4,13 @@ The rules below were read off the execution graphs of its compiled models:
 
 * Everything runs channels last; the image is reordered once, and so is what a Flatten takes apart.
 * A convolution or matrix product takes in its bias, the activation behind it, and a sum with a tensor of its own type.
-* Inside int8 stretches nothing is converted.  An int8 kernel whose readers are all float writes float32 at once; one
-  that has int8 readers writes integers, and each float reader has a dequantizer of its own.
+* Inside int8 stretches nothing is converted.  An int8 kernel writes float32 at once where all its readers are float,
+  none of them adds, and its values start at 0; otherwise it writes integers and a dequantizer follows.
+* A dequantizer of values that do not start at 0 runs channels first, with a reordering before and behind it, unless
+  the exporter gave it a scale for each channel (as it does for a float layer that stands between int8 ones).
 * What a float kernel writes for int8 readers is quantized once, by a kernel of its own.
-* An int8 convolution with a float summand rescales that first; a float one does not take in an int8 summand.
+* An int8 convolution with a float summand rescales that first, and its float readers undo that, each by itself; a
+  float convolution does not take in an int8 summand.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ import numpy as np
 
 from autocompress.hardware.kernels import Number, aligned_int8, conv_work, gemm_work, move_work
 from autocompress.hardware.lowering import ELEMENTWISE, VIEWS, Emit, Mask, Step
-from autocompress.methods.quantization import FOLLOWERS
+from autocompress.methods.quantization import FOLLOWERS, MOVERS
 from autocompress.plan import Layer, ModelGraph, is_weight_layer
 
 _UNARY = frozenset({"Sigmoid", "LeakyRelu", "Relu", "Clip", "HardSwish", "HardSigmoid", "Tanh", "Gelu", "Erf", "Elu"})
 """Taken in by the convolution or product before them, whatever they are."""
+
+_POSITIVE = frozenset({"Relu", "Clip", "Sigmoid", "HardSigmoid", "Softmax"})
 
 _POOLS = {"GlobalAveragePool": "global_pool", "AveragePool": "pool", "MaxPool": "pool"}
 
@@ -61,7 +66,9 @@ class OpenvinoLowering:
         self.none = np.zeros(self.count, dtype=bool)
         self.all = ~self.none
         self._results = {step.layer.name: step.result for step in self.steps}
-        self._readers: dict[str, Mask] = {}
+        self._wants: dict[str, Mask] = {}
+        self._dequantized: dict[tuple[str, bool], Mask] = {}
+        self._from_zero = _never_negative(self.graph)
 
     def run(self) -> None:
         for tensor in self.graph.inputs:
@@ -108,35 +115,49 @@ class OpenvinoLowering:
         return mask
 
     def _integer_readers(self, tensor: str) -> Mask:
-        if tensor not in self._readers:
+        """Under which plans an int8 kernel reads the tensor."""
+        if tensor not in self._wants:
             mask = self.none
             for layer in self.graph.consumers.get(tensor, ()):
                 if is_weight_layer(layer):
                     mask = mask | self.int8.get(layer.name, self.none)
                 elif layer.op in FOLLOWERS and layer.name in self._results:
                     mask = mask | self._all_held(layer)
-            self._readers[tensor] = mask
-        return self._readers[tensor]
+            self._wants[tensor] = mask
+        return self._wants[tensor]
 
     def _quantize(self, tensor: str, computed_float: Mask) -> None:
-        """The tensor was computed in float32: where integers are read, a kernel makes them."""
-        mask = self._is_held(tensor) & computed_float & self._integer_readers(tensor)
+        """The tensor was computed in float32: where the plan holds it in int8, a kernel makes integers of it."""
+        mask = self._is_held(tensor) & computed_float
         if mask.any():
             elements = self._elements(tensor)
             self.emit(tensor, "quantize", move_work(4 * elements, elements), mask, True)
             self.integers[tensor] = self._in_integers(tensor) | mask
 
     def _written_int8(self, tensor: str, computed_int8: Mask) -> Mask:
-        """The tensor was computed in integers: where none of its readers wants them it is written as float32."""
-        mask = computed_int8 & self._is_held(tensor) & self._integer_readers(tensor)
+        """An int8 kernel computed the tensor: under which plans it writes integers."""
+        mask = computed_int8 & self._is_held(tensor)
+        adds = any(layer.op == "Add" for layer in self.graph.consumers.get(tensor, ()))
+        if tensor in self._from_zero and not adds:
+            mask = mask & self._integer_readers(tensor)
         self.integers[tensor] = self._in_integers(tensor) | mask
         return mask
 
-    def _read_float(self, tensor: str, mask: Mask) -> None:
+    def _read_float(self, tensor: str, mask: Mask, between: Mask | None = None) -> None:
+        """A float kernel reads the tensor; ``between``: under which plans it is a layer whose result is int8 too."""
         mask = mask & self._in_integers(tensor)
-        if mask.any():
+        inner = self.none if between is None else between
+        for per_channel, wanted in ((True, mask & inner), (False, mask & ~inner)):
+            known = self._dequantized.get((tensor, per_channel), self.none)
+            new = wanted & ~known
+            self._dequantized[tensor, per_channel] = known | new
+            if not new.any():
+                continue
             elements = self._elements(tensor)
-            self.emit(tensor, "dequantize", move_work(elements, 4 * elements), mask, True)
+            self.emit(tensor, "dequantize", move_work(elements, 4 * elements), new, True)
+            if not per_channel and tensor in self.channels_last and tensor not in self._from_zero:
+                self.emit(tensor, "transpose_int8", move_work(elements, elements), new, True)
+                self.emit(tensor, "reorder_input", move_work(4 * elements, 4 * elements), new, True)
 
     def _make_channels_last(self, tensor: str) -> None:
         shape = self.dims[tensor]
@@ -168,7 +189,7 @@ class OpenvinoLowering:
         inputs, outputs = shape[1], shape[0]
         int8 = self.int8.get(layer.name, self.none)
         floating = ~int8
-        self._read_float(source, floating)
+        self._read_float(source, floating, self._is_held(step.result))
 
         added, extra, widened, result = self._sum(step, int8)
         if result != step.result:
@@ -221,10 +242,12 @@ class OpenvinoLowering:
         held = partner_int8 if found.partner is not None else self._is_held(found.other)
         widened = int8 & ~held
         added = hosts & (int8 | ~(held & (self._in_integers(found.other) if found.partner is None else self.all)))
+        rescaled = added & widened
+        work = move_work(4 * elements, 4 * elements)
         if found.partner is None:
-            rescaled = added & widened
-            work = move_work(4 * elements, 4 * elements)
             self.emit(found.layer.name, "elementwise_fp32", work, rescaled, True)
+        for _ in self.graph.consumers.get(found.result, ()):
+            self.emit(found.layer.name, "elementwise_fp32", work, rescaled & ~self._is_held(found.result), True)
         self.summed[found.layer.name] = self.summed.get(found.layer.name, self.none) | added
         return added, np.where(added, np.where(int8 & held, 1, 4) * elements, 0), added & widened, found.result
 
@@ -251,7 +274,7 @@ class OpenvinoLowering:
         inputs, outputs = first[-1], self.dims[layer.outputs[0]][-1]
         int8 = self.int8.get(layer.name, self.none) if step.weight else self.none
         for tensor in layer.activations:
-            self._read_float(tensor, ~int8)
+            self._read_float(tensor, ~int8, self._is_held(step.result))
         integers = self._written_int8(step.result, int8)
         for kind, mask in ((f"{name}_int8", int8), (f"{name}_fp32", ~int8)):
             if mask.any():
@@ -272,7 +295,7 @@ class OpenvinoLowering:
         for tensor in layer.activations:
             read = read + np.where(self._in_integers(tensor), 1, 4) * elements
         # It quantizes what it writes by itself.
-        integers = alone & self._is_held(step.result) & self._integer_readers(step.result)
+        integers = alone & self._is_held(step.result)
         written = np.where(integers, 1, 4) * elements
         self.emit(layer.name, "add_int8", move_work(read, written), alone & int8, True)
         self.emit(layer.name, "add_fp32", move_work(read, written), alone & ~int8, True)
@@ -339,6 +362,16 @@ class OpenvinoLowering:
                 kind = "elementwise_fp32"
             self.emit(layer.name, kind, move_work(4 * read, 4 * self._elements(layer.outputs[0])), self.all, True)
         self._quantize(step.result, self.all)
+
+
+def _never_negative(graph: ModelGraph) -> set[str]:
+    """Tensors whose values start at 0, so that their integers have no zero point."""
+    found: set[str] = set()
+    for layer in graph.layers:
+        keeps = layer.op in MOVERS or layer.op in ("AveragePool", "GlobalAveragePool", "Concat")
+        if layer.op in _POSITIVE or (layer.activations and keeps and all(t in found for t in layer.activations)):
+            found.update(layer.outputs)
+    return found
 
 
 __all__ = ["OpenvinoLowering"]

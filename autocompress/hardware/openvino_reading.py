@@ -109,7 +109,7 @@ def describe(node: RuntimeNode, block: int) -> tuple[str, Work] | None:
     if node.op in _MOVES:
         return f"{_MOVES[node.op]}_{kind}", move_work(read, written)
     if len(activations) > 1:
-        integers = kind == "int8" and node.written in INTEGERS
+        integers = all(given.dtype in INTEGERS for given in activations) and node.written in INTEGERS
         return ("add_int8" if integers else "add_fp32"), move_work(read, written)
     if node.written in INTEGERS:
         # From integers to integers of another scale counts as what it computes: a sum with nothing added.
