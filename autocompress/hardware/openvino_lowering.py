@@ -202,10 +202,10 @@ class OpenvinoLowering:
             if not mask.any():
                 return
             work = conv_work(kind, positions, window, inputs, outputs, input_positions, self.block)
-            written = work.written_bytes
+            read = work.read_bytes + extra
             if kind.endswith("int8"):
-                written = np.where(integers, written, 4 * written)
-            self.emit(layer.name, kind, replace(work, read_bytes=work.read_bytes + extra, written_bytes=written), mask, True)
+                read = read + np.where(integers, 0, 3 * positions * outputs)
+            self.emit(layer.name, kind, replace(work, read_bytes=read), mask, True)
 
         base = "depthwise" if depthwise else "pointwise" if window == 1 else "conv"
         aligned = self._mask(aligned_int8(inputs, outputs, depthwise)) if depthwise or not grouped else self.none

@@ -136,11 +136,11 @@ def _convolution(node: RuntimeNode, block: int, read: int, written: int) -> tupl
         kind = f"{base}_few_fp32" if not depthwise and inputs < block else f"{base}_fp32"
     positions, input_positions = data[0] * _count(node.shape[2:]), data[0] * _count(data[2:])
     work = conv_work(kind, positions, window, inputs, outputs, input_positions, block)
-    # A sum that runs inside reads its other operand too, and the result may be of another type than what is read.
+    # A sum that runs inside reads its other operand too.  Integers written as float32 cost more bandwidth but no more
+    # arithmetic, so the wider bytes count as bandwidth and not as results.
     extra = read - _WIDTHS.get(node.inputs[0].dtype, 4) * _count(data)
-    width = 1 if node.integer else 4
-    scale = _WIDTHS.get(node.written, 4) / width
-    return kind, replace(work, read_bytes=work.read_bytes + extra, written_bytes=work.written_bytes * scale)
+    wider = max(0, written - (1 if node.integer else 4) * _count(node.shape))
+    return kind, replace(work, read_bytes=work.read_bytes + extra + wider)
 
 
 def packed_block(threads: int = 1) -> int:
