@@ -89,8 +89,13 @@ def multiply_accumulates(graph: ExecutedGraph) -> tuple[int, list[str]]:
         if op in _UNCOUNTED:
             uncounted.append(op)
         else:
-            total += _macs_of(op)(executed, graph)
+            total += node_macs(executed, graph)
     return total, uncounted
+
+
+def node_macs(executed: ExecutedNode, graph: ExecutedGraph) -> int:
+    """Multiply-accumulates of one operator; 0 for one that multiplies nothing or is not counted."""
+    return _macs_of(executed.node.op_type)(executed, graph)
 
 
 def _macs_of(op: str) -> Callable[[ExecutedNode, ExecutedGraph], int]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ from pathlib import Path
 
 from autocompress.errors import UsageError
 from autocompress.export.checkpoint import read_plan
-from autocompress.hardware.kernels import Work, move_work
+from autocompress.hardware.kernels import Work, conv_work, gemm_work, move_work
 from autocompress.hardware.models import cost_model
-from autocompress.hardware.onnx_footprint import artifact_bytes, multiply_accumulates, peak_activation_bytes
+from autocompress.hardware.onnx_footprint import artifact_bytes, multiply_accumulates, node_macs, peak_activation_bytes
 from autocompress.hardware.onnx_kernels import (
     AS_WRITTEN,
     FUSED,
@@ -167,31 +168,55 @@ def predict_in_detail(path: Path, profile: HardwareProfile, *, dims: Mapping[str
 
 
 def _price(
-    graph: ExecutedGraph, works: Sequence[tuple[str, Work]], profile: HardwareProfile
+    graph: ExecutedGraph, works: Sequence[tuple[str, Work, bool]], profile: HardwareProfile
 ) -> tuple[list[PricedKernel], dict[str, float]]:
     """Each kernel's milliseconds, and those that belong to no kernel."""
     model = cost_model(profile)
     kernels = []
-    for executed, (kind, work) in zip(graph.nodes, works, strict=True):
-        known = kind != OTHER and (not isinstance(profile, FittedProfile) or kind in profile.kernels)
+    for executed, (kind, work, of_kind) in zip(graph.nodes, works, strict=True):
+        known = of_kind and (not isinstance(profile, FittedProfile) or kind in profile.kernels)
         milliseconds = model.kernel_us(kind, work) * 1e-3
         kernels.append(PricedKernel(executed.name, executed.node.op_type, kind, milliseconds, known))
-    weight_bytes = float(sum(float(work.weight_bytes) for _, work in works))
+    weight_bytes = float(sum(float(work.weight_bytes) for _, work, _ in works))
     overhead = model.run_us(0.0)
     cold = model.run_us(weight_bytes) - overhead
     return kernels, ({"cold weights": cold * 1e-3} if cold else {}) | {"overhead": overhead * 1e-3}
 
 
-def _describe(executed: ExecutedNode, graph: ExecutedGraph, profile: HardwareProfile) -> tuple[str, Work]:
-    """The class and work of a kernel; one that cannot be described moves its bytes and is of no known class."""
+def _describe(executed: ExecutedNode, graph: ExecutedGraph, profile: HardwareProfile) -> tuple[str, Work, bool]:
+    """The class and work of a kernel, and whether it is really of that class.
+
+    One of no known class is priced by what it does: as a convolution or matrix product where it multiplies, else by
+    the bytes it moves.
+    """
     # A weight may be computed at run time, from integers for example: its shape is as good as a stored one's.
     shapes = {**graph.values, **graph.weights}
     block = profile.nchwc_block if isinstance(profile, FittedProfile) else 1
     try:
-        return describe(executed.node, dict(executed.arguments), shapes, block)
+        kind, work = describe(executed.node, dict(executed.arguments), shapes, block)
     except (KeyError, IndexError, ValueError):
+        kind = OTHER
         read = sum(graph.bytes.get(name, 0.0) for name in executed.node.input)
-        return OTHER, move_work(read, sum(size for _, size, _ in executed.outputs))
+        work = move_work(read, sum(size for _, size, _ in executed.outputs))
+    if kind != OTHER:
+        return kind, work, True
+    return _stand_in(executed, graph, work)
+
+
+def _stand_in(executed: ExecutedNode, graph: ExecutedGraph, moved: Work) -> tuple[str, Work, bool]:
+    """What prices an operator of no known class."""
+    macs = node_macs(executed, graph)
+    if not macs:
+        return OTHER, moved, False
+    op, out = executed.node.op_type, executed.outputs[0][2]
+    weight = graph.shape(executed.node.input[1]) if "Conv" in op else None
+    if weight:
+        window, positions = math.prod(weight[2:]), math.prod(out) // out[1]
+        inputs = max(1, macs // (positions * window * out[1]))
+        return "conv_plain_fp32", conv_work("conv_plain_fp32", positions, window, inputs, out[1], positions, 1), False
+    kind = "matmul_int8" if any(word in op for word in ("Integer", "Quant", "QLinear")) else "matmul_fp32"
+    rows = math.prod(out) // out[-1]
+    return kind, gemm_work(kind, rows, macs // (rows * out[-1]), out[-1]), False
 
 
 def _band(profile: HardwareProfile) -> float:
