@@ -15,8 +15,18 @@ import numpy as np
 from autocompress.errors import UsageError, unknown_name
 from autocompress.hardware.calibration import Calibration
 from autocompress.hardware.footprint import ActivationMemory, multiply_accumulates, size_counts, stored_bytes
-from autocompress.hardware.kernels import FAMILIES, KINDS, MEMORY, SUBSTITUTES, Work, cold_megabytes, cost_us
-from autocompress.hardware.lowering import ELEMENTWISE, POOLS, VIEWS, Lowering, Mask, quantized_tensors
+from autocompress.hardware.kernels import (
+    FAMILIES,
+    KINDS,
+    LIGHT,
+    MEMORY,
+    SUBSTITUTES,
+    VIEWS,
+    Work,
+    cold_megabytes,
+    cost_us,
+)  # fmt: skip
+from autocompress.hardware.lowering import Lowering, Mask, quantized_tensors
 from autocompress.hardware.profile import FittedProfile, KernelCost
 from autocompress.hardware.skeleton import Record, Skeleton, Terms
 from autocompress.methods.quantization import FOLLOWERS
@@ -63,7 +73,7 @@ class FittedSkeleton(Skeleton):
     """Prices a graph's plans by the classes of the kernels that the runtime makes of them."""
 
     source = "fitted"
-    modelled = ELEMENTWISE | VIEWS | POOLS | FOLLOWERS | {"Conv", "Gemm", "MatMul"}
+    modelled = frozenset(LIGHT) | VIEWS | FOLLOWERS | {"Conv", "Gemm", "MatMul"}
     profile: FittedProfile
     lowering: ClassVar[Callable[..., KernelMaker]] = Lowering
     """How the runtime makes kernels of plans; it takes what ``Lowering`` takes."""
