@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -32,6 +33,13 @@ from autocompress.methods.quantization import FOLLOWERS
 from autocompress.plan import ModelGraph
 
 _WITH_WEIGHTS = ("fp32", "int8")
+
+
+class KernelMaker(Protocol):
+    """One pass over a graph for a batch of plans, which emits every kernel."""
+
+    def run(self) -> None:
+        """Emits them."""
 
 
 class FittedCostModel:
@@ -67,6 +75,8 @@ class FittedSkeleton(Skeleton):
     source = "fitted"
     modelled = frozenset(LIGHT) | VIEWS | FOLLOWERS | {"Conv", "Gemm", "MatMul"}
     profile: FittedProfile
+    lowering: ClassVar[Callable[..., KernelMaker]] = Lowering
+    """How the runtime makes kernels of plans; it takes what ``Lowering`` takes."""
 
     def __init__(self, graph: ModelGraph, profile: FittedProfile) -> None:
         super().__init__(graph, profile)
@@ -107,7 +117,7 @@ class FittedSkeleton(Skeleton):
             if record is not None:
                 record(label, kind, microseconds, mask, whole)
 
-        Lowering(
+        self.lowering(
             self.graph, self._steps, dims, int8, held, count, self.profile.nchwc_block, self.profile.batch, emit
         ).run()
         end = self.profile.end_to_end
