@@ -154,7 +154,7 @@ def non_negative(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, float
     """
     scale = np.abs(left).max(axis=0)
     used = scale > 0
-    triangle = np.linalg.qr(np.column_stack([left[:, used] / scale[used], right]), mode="r")
+    triangle: np.ndarray = np.asarray(np.linalg.qr(np.column_stack([left[:, used] / scale[used], right]), mode="r"))
     solved, residual = nnls(triangle[:, :-1], triangle[:, -1], maxiter=100 * int(used.sum()))
     solution = np.zeros(left.shape[1])
     solution[used] = solved / scale[used]

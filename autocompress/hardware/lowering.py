@@ -46,6 +46,7 @@ _FOLLOWER_KINDS = {
     "Sigmoid": ("curve_fp32", "curve_int8"), "LeakyRelu": ("elementwise_fp32", "curve_int8"),
     "Slice": ("concat_fp32", "concat_int8"), "Split": ("concat_fp32", "concat_int8"),
 }  # fmt: skip
+_LIFTED_OVER = frozenset({"Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 CHANNEL_STEP = 4
 """Input channels that are no multiple of this keep a float32 convolution out of the packed layout."""
 
