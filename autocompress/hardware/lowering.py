@@ -166,7 +166,7 @@ def _lifted(graph: ModelGraph, held: Mapping[str, Mask]) -> dict[str, Mask]:
     """``held`` with what the optimizer adds: a quantizer is moved before what only changes its tensor's shape."""
     lifted = dict(held)
     for layer in reversed(graph.layers):
-        if (layer.op != "Transpose" and layer.op not in VIEWS) or not layer.activations or not layer.outputs:
+        if layer.op not in _LIFTED_OVER or not layer.activations or not layer.outputs:
             continue
         source, mask = layer.activations[0], lifted.get(layer.outputs[0])
         if mask is not None and len(graph.consumers[source]) == 1 and source not in graph.outputs:
