@@ -110,6 +110,10 @@ class AnalyticSkeleton(Skeleton):
                 f"does not fit: the file takes {format_bytes(size)} of flash, {self.profile.name} has "
                 f"{format_bytes(memory.flash_bytes)}"
             )
+        if self.profile.floats_as is not None and any(self._formats[code].compute == "fp32" for code in formats):
+            found.append(
+                f"layers in fp32 run in what stands in for it on {self.profile.name}: {self.profile.floats_as}"
+            )
         hosted = [
             n for n, code in zip(self.layer_names, formats, strict=True) if self._variants[code].precision is None
         ]
