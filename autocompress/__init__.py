@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from autocompress.version import __version__
 
 if TYPE_CHECKING:
-    from autocompress.api import report, search, verify
+    from autocompress.api import predict, profile, report, search, verify
     from autocompress.config import RunConfig
     from autocompress.front import LoadedFront, Point, load_front, load_point
     from autocompress.tasks import load_task
@@ -31,6 +31,8 @@ __all__ = [
     "load_front",
     "load_point",
     "load_task",
+    "predict",
+    "profile",
     "report",
     "search",
     "verify",
@@ -43,6 +45,8 @@ _HOMES = {
     "load_front": "autocompress.front",
     "load_point": "autocompress.front",
     "load_task": "autocompress.tasks",
+    "predict": "autocompress.api",
+    "profile": "autocompress.api",
     "verify": "autocompress.api",
 }
 

@@ -1,0 +1,243 @@
+"""What any ONNX file costs on a device, without measuring it.
+
+>>> profile = load_hardware("local")                                        # doctest: +SKIP
+>>> predict_onnx(Path("model.onnx"), profile).costs["latency_ms"].value     # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from autocompress.errors import UsageError
+from autocompress.export.checkpoint import read_plan
+from autocompress.hardware.kernels import Work, conv_work, gemm_work, move_work
+from autocompress.hardware.models import cost_model
+from autocompress.hardware.onnx_footprint import artifact_bytes, multiply_accumulates, node_macs, peak_activation_bytes
+from autocompress.hardware.onnx_kernels import (
+    AS_WRITTEN,
+    FUSED,
+    LAYOUTS,
+    ExecutedGraph,
+    ExecutedNode,
+    execute,
+    read_model,
+)
+from autocompress.hardware.profile import FittedProfile, HardwareProfile
+from autocompress.hardware.reading import describe
+from autocompress.plan import CompressionPlan, Estimate, Quantity, Source
+
+RUNTIME = "onnxruntime"
+
+OTHER = "other_fp32"
+"""The class of whatever operator ``reading.describe`` has no name for."""
+
+UNKNOWN_WIDENS = 1.5
+"""How much wider the band on the latency is where any kernel is of a class never measured."""
+
+UNKNOWN_SPREAD = 3.0
+"""What share of its price a kernel of such a class may take more: three times what stands in for it."""
+
+
+@dataclass(frozen=True)
+class PricedKernel:
+    """One kernel of a file: what it is, and the milliseconds it is predicted to take.
+
+    ``known`` is False where the profile has never measured its class and a related one stands in.
+    """
+
+    name: str
+    op: str
+    kind: str
+    latency_ms: float
+    known: bool
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An estimate for a device, with the kernels it is made of in order of execution (none for a plan)."""
+
+    estimate: Estimate
+    profile: HardwareProfile
+    kernels: tuple[PricedKernel, ...] = ()
+
+    @property
+    def extrapolated(self) -> bool:
+        """Whether the latency lies outside what the profile was measured on."""
+        if self.profile.validity is None:
+            return False
+        low, high = self.profile.validity.latency_ms
+        return not low <= self.estimate.costs["latency_ms"].value <= high
+
+
+def check_path(path: Path) -> None:
+    """Whether there is anything to predict: found before a machine is measured for it.
+
+    Raises:
+        UsageError: there is no such file, or it is neither a plan nor an ONNX file.
+    """
+    if not path.exists():
+        raise UsageError(f"no such file or directory: {str(path)!r}; give an ONNX file or RUN/models/ID")
+    if _is_plan(path):
+        read_plan(path)
+    else:
+        read_model(path)
+
+
+def predict_path(path: Path, profile: HardwareProfile, *, dims: Mapping[str, int] | None = None) -> Prediction:
+    """What an ONNX file or a delivered point (its folder or ``plan.json``) costs on a device."""
+    if _is_plan(path):
+        if dims:
+            raise UsageError(f"{str(path)!r} is a plan, whose axes have sizes; leave --dim out")
+        return predict_plan(path, profile)
+    return predict_in_detail(path, profile, dims=dims)
+
+
+def _is_plan(path: Path) -> bool:
+    return path.is_dir() or path.suffix == ".json"
+
+
+def predict_plan(path: Path, profile: HardwareProfile) -> Prediction:
+    """What a delivered point costs on a device, from its plan: what the runtime there would make of it.
+
+    Args:
+        path: the folder of the point in a run, or the ``plan.json`` in it.
+        profile: the device.
+    """
+    graph, plan = read_plan(path)
+    # The graph in the file is cut to the plan's widths already, and of the student where the plan starts from one.
+    formats = CompressionPlan(layers=plan.layers, activations=plan.activations)
+    return Prediction(cost_model(profile).lower(graph).estimate(formats), profile)
+
+
+def predict_onnx(path: Path, profile: HardwareProfile, *, dims: Mapping[str, int] | None = None) -> Estimate:
+    """What an ONNX file costs on a device: latency, bytes on disk, peak memory, multiply-accumulates, energy if known.
+
+    The kernels are those that the runtime makes of the file; their times come from the profile alone.  ``per_kernel``
+    holds milliseconds by kernel and, with ``cold weights`` and ``overhead``, adds up to the latency.
+
+    Args:
+        path: any ONNX file that onnxruntime opens.
+        profile: the device.
+        dims: sizes of open axes other than the first, by name; an open first axis takes the profile's batch.
+
+    Raises:
+        UsageError: no such file, not an ONNX file, one the runtime cannot run, or an open axis without a size.
+    """
+    return predict_in_detail(path, profile, dims=dims).estimate
+
+
+def predict_in_detail(path: Path, profile: HardwareProfile, *, dims: Mapping[str, int] | None = None) -> Prediction:
+    """As :func:`predict_onnx`, with each kernel's class."""
+    if isinstance(profile, FittedProfile) and profile.runtime != RUNTIME:
+        raise UsageError(
+            f"profile {profile.name!r} is of runtime {profile.runtime!r}, whose kernels cannot be read from an ONNX "
+            f"file; give a profile of {RUNTIME}, or a plan.json"
+        )
+    model = read_model(path)
+    size = artifact_bytes(path, model)
+    measured = isinstance(profile, FittedProfile)
+    graph = execute(path, LAYOUTS if measured else FUSED, batch=profile.batch, dims=dims)
+    macs, uncounted = multiply_accumulates(execute(path, AS_WRITTEN, dims=dims))
+    works = [_describe(executed, graph, profile) for executed in graph.nodes]
+    kernels, extra = _price(graph, works, profile)
+    latency = sum(kernel.latency_ms for kernel in kernels) + sum(extra.values())
+    unknown = [kernel for kernel in kernels if not kernel.known]
+    spread = _band(profile)
+    if unknown:
+        share = sum(kernel.latency_ms for kernel in unknown) / latency
+        spread = max(spread * UNKNOWN_WIDENS, spread + UNKNOWN_SPREAD * share)
+    estimate = Estimate(
+        target=profile.name,
+        costs={
+            "latency_ms": _quantity(latency, spread, "fitted" if measured else "analytic"),
+            "size_bytes": _quantity(size, 0.0, "measured"),
+            "peak_memory_bytes": _quantity(peak_activation_bytes(graph), 0.0, "analytic"),
+            "macs": _quantity(macs, 0.0, "unknown" if uncounted else "analytic"),
+        },
+        per_kernel=_by_name(kernels) | extra,
+        unmodelled=(
+            *_counted(kernel.op if kernel.kind == OTHER else f"{kernel.op} as {kernel.kind}" for kernel in unknown),
+            *_counted(f"multiply-accumulates of {op}" for op in uncounted),
+        ),
+    )
+    return Prediction(estimate, profile, tuple(kernels))
+
+
+def _price(
+    graph: ExecutedGraph, works: Sequence[tuple[str, Work, bool]], profile: HardwareProfile
+) -> tuple[list[PricedKernel], dict[str, float]]:
+    """Each kernel's milliseconds, and those that belong to no kernel."""
+    model = cost_model(profile)
+    kernels = []
+    for executed, (kind, work, of_kind) in zip(graph.nodes, works, strict=True):
+        known = of_kind and (not isinstance(profile, FittedProfile) or kind in profile.kernels)
+        milliseconds = model.kernel_us(kind, work) * 1e-3
+        kernels.append(PricedKernel(executed.name, executed.node.op_type, kind, milliseconds, known))
+    weight_bytes = float(sum(float(work.weight_bytes) for _, work, _ in works))
+    overhead = model.run_us(0.0)
+    cold = model.run_us(weight_bytes) - overhead
+    return kernels, ({"cold weights": cold * 1e-3} if cold else {}) | {"overhead": overhead * 1e-3}
+
+
+def _describe(executed: ExecutedNode, graph: ExecutedGraph, profile: HardwareProfile) -> tuple[str, Work, bool]:
+    """The class and work of a kernel, and whether it is really of that class.
+
+    One of no known class is priced by what it does: as a convolution or matrix product where it multiplies, else by
+    the bytes it moves.
+    """
+    # A weight may be computed at run time, from integers for example: its shape is as good as a stored one's.
+    shapes = {**graph.values, **graph.weights}
+    block = profile.nchwc_block if isinstance(profile, FittedProfile) else 1
+    try:
+        kind, work = describe(executed.node, dict(executed.arguments), shapes, block)
+    except (KeyError, IndexError, ValueError):
+        kind = OTHER
+        read = sum(graph.bytes.get(name, 0.0) for name in executed.node.input)
+        work = move_work(read, sum(size for _, size, _ in executed.outputs))
+    if kind != OTHER:
+        return kind, work, True
+    return _stand_in(executed, graph, work)
+
+
+def _stand_in(executed: ExecutedNode, graph: ExecutedGraph, moved: Work) -> tuple[str, Work, bool]:
+    """What prices an operator of no known class."""
+    macs = node_macs(executed, graph)
+    if not macs:
+        return OTHER, moved, False
+    op, out = executed.node.op_type, executed.outputs[0][2]
+    weight = graph.shape(executed.node.input[1]) if "Conv" in op else None
+    if weight:
+        window, positions = math.prod(weight[2:]), math.prod(out) // out[1]
+        inputs = max(1, macs // (positions * window * out[1]))
+        return "conv_plain_fp32", conv_work("conv_plain_fp32", positions, window, inputs, out[1], positions, 1), False
+    kind = "matmul_int8" if any(word in op for word in ("Integer", "Quant", "QLinear")) else "matmul_fp32"
+    rows = math.prod(out) // out[-1]
+    return kind, gemm_work(kind, rows, macs // (rows * out[-1]), out[-1]), False
+
+
+def _band(profile: HardwareProfile) -> float:
+    """Half the width of the band around a latency all of whose kernels are known."""
+    if isinstance(profile, FittedProfile) and profile.holdout is not None:
+        return max(2 * profile.holdout.mape, profile.repeat_floor)
+    return profile.error_band
+
+
+def _by_name(kernels: Iterable[PricedKernel]) -> dict[str, float]:
+    """Milliseconds by name; a kernel that a loop runs again adds to its first."""
+    total: dict[str, float] = {}
+    for kernel in kernels:
+        total[kernel.name] = total.get(kernel.name, 0.0) + kernel.latency_ms
+    return total
+
+
+def _counted(names: Iterable[str]) -> list[str]:
+    """Each name once, with how often it occurs."""
+    return [name if count == 1 else f"{name} x{count}" for name, count in Counter(names).items()]
+
+
+def _quantity(value: float, spread: float, source: Source) -> Quantity:
+    return Quantity(value=value, low=value * (1 - min(spread, 1.0)), high=value * (1 + spread), source=source)

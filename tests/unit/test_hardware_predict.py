@@ -1,0 +1,259 @@
+"""Predictions for ONNX files: what is counted by hand, every form of quantization, and what cannot be read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
+
+from autocompress.errors import UsageError
+from autocompress.hardware.predict import predict_in_detail, predict_onnx
+from autocompress.plan import Estimate
+from tests.unit.test_hardware_cost import make_profile
+
+Shape = Sequence[int | str]
+RNG = np.random.default_rng(0)
+
+
+def save(
+    path: Path,
+    nodes: Sequence[onnx.NodeProto],
+    inputs: dict[str, Shape],
+    outputs: Sequence[str],
+    weights: dict[str, np.ndarray] | None = None,
+    dtype: int = TensorProto.FLOAT,
+) -> Path:
+    graph = helper.make_graph(
+        list(nodes),
+        "made",
+        [helper.make_tensor_value_info(name, dtype, shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info(name, dtype, None) for name in outputs],
+        [numpy_helper.from_array(value, name) for name, value in (weights or {}).items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return path
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def conv_net(path: Path) -> Path:
+    """A convolution of 3 to 8 channels on 16 x 16, a Relu, and a classifier."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], "first", pads=[1, 1, 1, 1], strides=[2, 2]),
+        helper.make_node("Relu", ["c"], ["r"], "relu"),
+        helper.make_node("GlobalAveragePool", ["r"], ["p"], "pool"),
+        helper.make_node("Flatten", ["p"], ["f"], "flat"),
+        helper.make_node("Gemm", ["f", "m", "b"], ["y"], "last", transB=1),
+    ]
+    weights = {"w": normal(8, 3, 3, 3), "m": normal(10, 8), "b": normal(10)}
+    return save(path, nodes, {"x": ["N", 3, 16, 16]}, ["y"], weights)
+
+
+def token_net(path: Path, tokens: int | str = 6) -> Path:
+    """Two products with a matrix, 64 to 128 to 64 features, over tokens."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], "up"),
+        helper.make_node("Relu", ["h"], ["r"], "relu"),
+        helper.make_node("MatMul", ["r", "b"], ["y"], "down"),
+    ]
+    return save(path, nodes, {"x": ["N", tokens, 64]}, ["y"], {"a": normal(64, 128), "b": normal(128, 64)})
+
+
+def chain(path: Path, branch: bool = False) -> Path:
+    """Sigmoids that the runtime cannot fuse, on 4 x 100 numbers; with a branch, the first result waits for an Add."""
+    nodes = [
+        helper.make_node("Sigmoid", ["x"], ["a"]),
+        helper.make_node("Reshape", ["a", "shape"], ["v"]),
+        helper.make_node("Sigmoid", ["v"], ["b"]),
+        helper.make_node("Sigmoid", ["b"], ["c"]),
+    ]
+    if branch:
+        nodes.append(helper.make_node("Add", ["c", "v"], ["y"]))
+    else:
+        nodes.append(helper.make_node("Sigmoid", ["c"], ["y"]))
+    return save(path, nodes, {"x": [4, 100]}, ["y"], {"shape": np.array([100, 4])})
+
+
+def cost(path: Path, name: str, batch: int = 1) -> float:
+    profile = make_profile().model_copy(update={"batch": batch})
+    return predict_onnx(path, profile).costs[name].value
+
+
+# ------------------------------------------------------------------------------------------------------ by hand
+
+
+def test_multiply_accumulates_by_hand(tmp_path: Path) -> None:
+    assert cost(conv_net(tmp_path / "c.onnx"), "macs") == 8 * 8 * 8 * 3 * 9 + 10 * 8
+    assert cost(token_net(tmp_path / "t.onnx"), "macs") == 2 * 6 * 64 * 128
+    many = cost(token_net(tmp_path / "t.onnx"), "macs", batch=4)
+    assert many == 2 * 6 * 64 * 128, "of one sample, whatever the batch"
+
+
+def test_peak_memory_by_hand(tmp_path: Path) -> None:
+    tensor = 4 * 100 * 4
+    assert cost(chain(tmp_path / "chain.onnx"), "peak_memory_bytes") == 2 * tensor
+    # The view of the first result is its buffer: input and result of the last Sigmoid, and what waits.
+    assert cost(chain(tmp_path / "branch.onnx", branch=True), "peak_memory_bytes") == 3 * tensor
+
+
+def test_latency_is_the_sum_of_what_the_profile_says_of_each_kernel(tmp_path: Path) -> None:
+    prediction = predict_in_detail(token_net(tmp_path / "t.onnx"), make_profile())
+    products = [kernel for kernel in prediction.kernels if kernel.kind == "matmul_fp32"]
+    # 1 us and 8 us a million multiply-accumulates each (tests.unit.test_hardware_cost.make_profile).
+    assert [kernel.latency_ms for kernel in products] == pytest.approx([1e-3 * (1 + 8 * 6 * 64 * 128 * 1e-6)] * 2)
+    estimate = prediction.estimate
+    assert sum(estimate.per_kernel.values()) == pytest.approx(estimate.costs["latency_ms"].value)
+    assert {"up", "relu", "down", "overhead"} <= set(estimate.per_kernel)
+    assert estimate.unmodelled == ()
+
+
+def test_a_batch_makes_the_work_larger(tmp_path: Path) -> None:
+    path = token_net(tmp_path / "t.onnx")
+    assert cost(path, "latency_ms", batch=64) > 10 * cost(path, "latency_ms")
+    assert cost(path, "peak_memory_bytes", batch=64) == 64 * cost(path, "peak_memory_bytes")
+
+
+def test_size_is_that_of_every_file(tmp_path: Path) -> None:
+    path = conv_net(tmp_path / "one.onnx")
+    assert cost(path, "size_bytes") == path.stat().st_size
+    split = tmp_path / "split" / "two.onnx"
+    split.parent.mkdir()
+    onnx.save(onnx.load(path), split, save_as_external_data=True, location="numbers.bin", size_threshold=0)
+    numbers = split.parent / "numbers.bin"
+    assert cost(split, "size_bytes") == split.stat().st_size + numbers.stat().st_size
+    assert cost(split, "macs") == cost(path, "macs")
+    numbers.unlink()
+    with pytest.raises(UsageError, match=r"numbers\.bin"):
+        cost(split, "size_bytes")
+
+
+# --------------------------------------------------------------------------------------------- quantized formats
+
+
+class _Samples(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self) -> None:
+        self.left = 3
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        self.left -= 1
+        return {"x": normal(1, 3, 16, 16)} if self.left >= 0 else None
+
+
+def test_static_int8(tmp_path: Path) -> None:
+    source, path = conv_net(tmp_path / "c.onnx"), tmp_path / "q.onnx"
+    logging.disable(logging.WARNING)
+    quantize_static(source, path, _Samples(), quant_format=QuantFormat.QDQ, per_channel=True)
+    logging.disable(logging.NOTSET)
+    kinds = {kernel.name: kernel.kind for kernel in predict_in_detail(path, make_profile()).kernels}
+    assert next(kind for name, kind in kinds.items() if name.startswith("first")) == "conv_plain_int8"
+    assert "gemm_int8" in kinds.values()
+    assert "quantize" in kinds.values()
+    assert cost(path, "macs") == cost(source, "macs")
+
+
+def test_dynamic_int8(tmp_path: Path) -> None:
+    source, path = token_net(tmp_path / "t.onnx"), tmp_path / "d.onnx"
+    logging.disable(logging.WARNING)
+    quantize_dynamic(source, path)
+    logging.disable(logging.NOTSET)
+    assert cost(path, "macs") == cost(source, "macs")
+    assert cost(path, "size_bytes") < cost(source, "size_bytes")
+    many = cost(path, "latency_ms", batch=1000)
+    assert many > 1e-3 * 2 * 1000 * 6 * 64 * 128 * 1e-6, "its products are priced by their work, at 1 us a million"
+
+
+def test_float16(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "a"], ["h"], "up"), helper.make_node("Sigmoid", ["h"], ["y"], "gate")]
+    weights = {"a": normal(64, 128).astype(np.float16)}
+    path = save(tmp_path / "h.onnx", nodes, {"x": [6, 64]}, ["y"], weights, TensorProto.FLOAT16)
+    assert cost(path, "macs") == 6 * 64 * 128
+    assert {"up", "gate"} <= set(predict_onnx(path, make_profile()).per_kernel)
+
+
+def four_bits(path: Path, rows: int = 6, inputs: int = 64, outputs: int = 128) -> Path:
+    """A product with a matrix kept in 4 bits, in blocks of 32."""
+    blocks = inputs // 32
+    packed = RNG.integers(0, 256, (outputs, blocks, 16), dtype=np.uint8)
+    node = helper.make_node(
+        "MatMulNBits", ["x", "q", "s"], ["y"], "up", domain="com.microsoft", K=inputs, N=outputs, bits=4, block_size=32
+    )
+    return save(path, [node], {"x": [rows, inputs]}, ["y"], {"q": packed, "s": normal(outputs * blocks)})
+
+
+def test_four_bit_weights(tmp_path: Path) -> None:
+    path = four_bits(tmp_path / "n.onnx")
+    assert cost(path, "macs") == 6 * 64 * 128
+    long = four_bits(tmp_path / "long.onnx", rows=6000)
+    assert cost(long, "latency_ms") > 1e-3 * 6000 * 64 * 128 * 1e-6, "priced by its work, at 1 us a million"
+
+
+# -------------------------------------------------------------------------------------------- what is not known
+
+
+def odd(path: Path) -> Path:
+    nodes = [helper.make_node("Det", ["x"], ["y"], "determinant")]
+    return save(path, nodes, {"x": [64, 32, 32]}, ["y"])
+
+
+def test_an_operator_never_measured_is_named_and_widens_the_band(tmp_path: Path) -> None:
+    known = predict_onnx(token_net(tmp_path / "t.onnx"), make_profile())
+    guess = predict_onnx(odd(tmp_path / "o.onnx"), make_profile())
+    assert guess.unmodelled == ("Det",)
+    assert guess.per_kernel["determinant"] > 0, "never free"
+
+    def width(estimate: Estimate) -> float:
+        latency = estimate.costs["latency_ms"]
+        return (latency.high - latency.low) / latency.value
+
+    assert width(guess) > 1.5 * width(known)
+
+
+def test_a_class_missing_from_the_profile_is_priced_by_its_substitute(tmp_path: Path) -> None:
+    full = make_profile()
+    bare = full.model_copy(update={"kernels": {k: v for k, v in full.kernels.items() if k != "matmul_fp32"}})
+    path = token_net(tmp_path / "t.onnx")
+    with_substitute = predict_onnx(path, bare)
+    assert with_substitute.unmodelled == ("MatMul as matmul_fp32 x2",)
+    assert with_substitute.costs["latency_ms"].value == pytest.approx(cost(path, "latency_ms"))
+    assert with_substitute.costs["latency_ms"].high > predict_onnx(path, full).costs["latency_ms"].high
+
+
+# ----------------------------------------------------------------------------------------------------- bad input
+
+
+def test_an_open_axis_needs_a_size(tmp_path: Path) -> None:
+    path = token_net(tmp_path / "t.onnx", tokens="sequence")
+    with pytest.raises(UsageError, match="--dim sequence=128"):
+        predict_onnx(path, make_profile())
+    with pytest.raises(UsageError, match=r"unknown open axis 'sequenze'.*'sequence'"):
+        predict_onnx(path, make_profile(), dims={"sequence": 6, "sequenze": 6})
+    assert predict_onnx(path, make_profile(), dims={"sequence": 6}).costs["macs"].value == 2 * 6 * 64 * 128
+
+
+def test_files_that_are_no_models(tmp_path: Path) -> None:
+    whole = conv_net(tmp_path / "c.onnx").read_bytes()
+    (tmp_path / "empty.onnx").touch()
+    (tmp_path / "text.onnx").write_text("a model?", encoding="utf-8")
+    (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])
+    faults = {"none": "no model file", "empty": "is not", "text": "is not", "cut": "is not|cannot open"}
+    for name, says in faults.items():
+        with pytest.raises(UsageError, match=says) as caught:
+            predict_onnx(tmp_path / f"{name}.onnx", make_profile())
+        assert f"{name}.onnx" in str(caught.value)
+    with pytest.raises(UsageError, match="folder"):
+        predict_onnx(tmp_path, make_profile())
+
+
+def test_an_operator_the_runtime_lacks_is_named(tmp_path: Path) -> None:
+    path = save(tmp_path / "u.onnx", [helper.make_node("Frobnicate", ["x"], ["y"], "f")], {"x": [1, 4]}, ["y"])
+    with pytest.raises(UsageError, match="Frobnicate"):
+        predict_onnx(path, make_profile())
