@@ -146,22 +146,15 @@ def describe_hardware() -> dict[str, str]:
     from autocompress.hardware.cached import cached_profiles
     from autocompress.hardware.profile import LOCAL, HardwareProfile
     from autocompress.resources import resource_dir, resource_names
+    from autocompress.terminal_hardware import target_text, trust_text
 
-    cached = [f"{p.runtime} {p.runtime_version}, {_run_of(p)}, {_trust(p)}" for p in cached_profiles()]
+    cached = [f"{target_text(p)}, {trust_text(p)}" for p in cached_profiles()]
     known = f"; measured: {'; '.join(cached)}" if cached else "; not measured yet"
     found = {LOCAL: f"this machine, measured on first use and kept{known}"}
     for name in resource_names("hardware_profiles"):
         shipped, _ = HardwareProfile.read(resource_dir("hardware_profiles") / f"{name}.yaml")
-        found[name] = f"{shipped.description}; {shipped.runtime}, {_run_of(shipped)}, {_trust(shipped)}"
+        found[name] = f"{shipped.description}; {target_text(shipped)}; {trust_text(shipped)}"
     return found
-
-
-def _run_of(profile: HardwareProfile) -> str:
-    return f"{profile.threads} thread{'s' if profile.threads > 1 else ''}, batch {profile.batch}"
-
-
-def _trust(profile: HardwareProfile) -> str:
-    return f"{'validated' if profile.validated else 'not validated'}, within {profile.error_band:.0%}"
 
 
 def _sizes(given: list[str]) -> dict[str, int]:

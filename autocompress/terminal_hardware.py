@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from autocompress.hardware.predict import Prediction
-    from autocompress.hardware.profile import HardwareProfile
+    from autocompress.hardware.profile import FittedProfile, HardwareProfile
 
 _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "latency_ms": ("latency", format_ms),
@@ -50,6 +50,8 @@ def prediction_view(model: Path, prediction: Prediction, top: int) -> Renderable
     if prediction.extrapolated and profile.validity is not None:
         low, high = (format_ms(limit) for limit in profile.validity.latency_ms)
         parts += [Text(""), Text(f"an extrapolation: the profile was measured on models of {low} to {high}", "yellow")]
+    for note in estimate.notes:
+        parts += [Text(""), Text(note, "yellow")]
     if estimate.unmodelled:
         parts += [
             Text(""),
@@ -73,27 +75,48 @@ def _kernels(prediction: Prediction, top: int) -> Table:
 
 
 def profile_view(profile: HardwareProfile) -> RenderableType:
-    """What a profile knows, from how many kernels, and how well it predicts models it was not fitted to."""
+    """What a profile knows, from what, and how far its predictions can be trusted."""
+    from autocompress.hardware.profile import FittedProfile
+
+    heading = [Text(f"{profile.name}: {target_text(profile)}", style="bold")]
+    if isinstance(profile, FittedProfile):
+        return Group(*heading, *_fitted(profile))
+    parts: list[RenderableType] = [Text(profile.description, "dim")] if profile.description else []
+    parts.append(Text(f"computes in {', '.join(profile.precisions)}"))
+    parts.append(Text(trust_text(profile)))
+    return Group(*heading, *parts)
+
+
+def _fitted(profile: FittedProfile) -> list[RenderableType]:
+    """Its kernel classes, and its errors on models it was not fitted to."""
     origin = profile.provenance
-    parts: list[RenderableType] = [
-        Text(f"{profile.name}: {target_text(profile)}", style="bold"),
-        Text(f"{origin.cpu}, {origin.cores} cores; measured {origin.measured_at} in {origin.seconds:.0f} s", "dim"),
-        Text(""),
-    ]
     table = _plain_table("kernel class", "kernels", "mean error", numbers=(1, 2))
     for kind, cost in profile.kernels.items():
         table.add_row(Text(kind), str(cost.samples), f"{cost.mape:.1%}")
-    parts += [table, Text("")]
+    parts: list[RenderableType] = [
+        Text(f"{origin.cpu}, {origin.cores} cores; measured {origin.measured_at} in {origin.seconds:.0f} s", "dim"),
+        Text(""),
+        table,
+        Text(""),
+    ]
     if profile.holdout is not None:
         held = profile.holdout
+        ranks = f"Kendall tau {held.kendall_tau:.3f}"
+        if held.spearman is not None:
+            ranks += f", Spearman {held.spearman:.3f}"
         parts.append(
             Text(
                 f"{held.models} whole models held out of the fit: mean error {held.mape:.1%}, largest {held.max:.1%}, "
-                f"Kendall tau {held.kendall_tau:.3f}"
+                f"{ranks}"
             )
         )
     parts.append(Text(f"two measurements of one model lie {profile.repeat_floor:.1%} apart", style="dim"))
-    return Group(*parts)
+    return parts
+
+
+def trust_text(profile: HardwareProfile) -> str:
+    """Whether predictions were compared with measurements, and how wide their band is."""
+    return f"{'validated' if profile.validated else 'not validated'}, within {profile.error_band:.0%}"
 
 
 def target_text(profile: HardwareProfile) -> str:

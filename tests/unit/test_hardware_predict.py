@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
 
 from autocompress.errors import UsageError
+from autocompress.hardware.analytic_profile import AnalyticProfile
 from autocompress.hardware.predict import predict_in_detail, predict_onnx
 from autocompress.plan import Estimate
 from tests.unit.test_hardware_cost import make_profile
@@ -194,6 +195,64 @@ def test_four_bit_weights(tmp_path: Path) -> None:
     assert cost(path, "macs") == 6 * 64 * 128
     long = four_bits(tmp_path / "long.onnx", rows=6000)
     assert cost(long, "latency_ms") > 1e-3 * 6000 * 64 * 128 * 1e-6, "priced by its work, at 1 us a million"
+
+
+# ------------------------------------------------------------------------------------------- a device elsewhere
+
+
+def device(**changes: object) -> AnalyticProfile:
+    """1, 2 and 4 10^9 multiply-accumulates a second in float32, float16 and int8, and memory that is never slower."""
+    fields = {
+        "name": "elsewhere",
+        "threads": 1,
+        "batch": 1,
+        "precisions": ("fp32", "fp16", "int8"),
+        "peak_gmacs": {"fp32": 1.0, "fp16": 2.0, "int8": 4.0},
+        "efficiency": {name: {"fp32": 1.0} for name in ("conv", "depthwise", "gemm", "elementwise")},
+        "levels": [{"name": "DRAM", "gb_per_s": 1e6}],
+        "launch_us": 3.0,
+        "run_us": 7.0,
+        "error_band": 0.4,
+        "sources": {"peak_gmacs": "made up"},
+    }
+    return AnalyticProfile.model_validate({**fields, **changes})
+
+
+def test_a_roofline_by_hand(tmp_path: Path) -> None:
+    path = conv_net(tmp_path / "c.onnx")
+    estimate = predict_onnx(path, device())
+    kernels = {name: value for name, value in estimate.per_kernel.items() if name != "overhead"}
+    # The convolution with the Relu in it and 13,824 products at 1 a nanosecond, on no grid of this machine's.
+    assert max(kernels.values()) == pytest.approx(1e-3 * (3 + 8 * 8 * 8 * 27 * 1e-3))
+    assert estimate.per_kernel["overhead"] == pytest.approx(7e-3)
+    latency = estimate.costs["latency_ms"]
+    assert latency.source == "analytic"
+    assert latency.high == pytest.approx(1.4 * latency.value)
+
+
+def test_a_device_with_float16_computes_in_it(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "a"], ["h"], "up"), helper.make_node("Sigmoid", ["h"], ["y"], "gate")]
+    weights = {"a": normal(64, 128).astype(np.float16)}
+    path = save(tmp_path / "h.onnx", nodes, {"x": [600, 64]}, ["y"], weights, TensorProto.FLOAT16)
+    prediction = predict_in_detail(path, device())
+    assert [kernel.op for kernel in prediction.kernels] == ["MatMul", "Sigmoid"], "no conversions of this machine's"
+    assert prediction.kernels[0].latency_ms == pytest.approx(1e-3 * (3 + 600 * 64 * 128 / 2 * 1e-3))
+    assert prediction.estimate.costs["peak_memory_bytes"].value == 2 * 2 * 600 * 128
+
+
+def test_energy_by_hand(tmp_path: Path) -> None:
+    energy = {"pj_per_mac": {"fp32": 5.0}, "static_mw": 100.0}
+    costs = predict_onnx(token_net(tmp_path / "t.onnx"), device(energy=energy)).costs
+    expected = 5.0 * 2 * 6 * 64 * 128 * 1e-9 + 100.0 * costs["latency_ms"].value * 1e-3
+    assert costs["energy_mj"].value == pytest.approx(expected)
+    assert "energy_mj" not in predict_onnx(tmp_path / "t.onnx", device()).costs
+
+
+def test_a_model_too_large_for_the_device_is_said_to_be(tmp_path: Path) -> None:
+    small = device(memory={"ram_bytes": 1000, "flash_bytes": 10_000, "engine_bytes": 500})
+    estimate = predict_onnx(token_net(tmp_path / "t.onnx"), small)
+    assert estimate.costs["peak_memory_bytes"].value == 500 + 2 * 4 * 6 * 128
+    assert len([note for note in estimate.notes if "does not fit" in note]) == 2
 
 
 # -------------------------------------------------------------------------------------------- what is not known
