@@ -122,7 +122,8 @@ def trust_text(profile: HardwareProfile) -> str:
 def target_text(profile: HardwareProfile) -> str:
     """The runtime, threads and batch that a profile's figures hold for."""
     threads = f"{profile.threads} thread{'s' if profile.threads > 1 else ''}"
-    return f"{profile.runtime} {profile.runtime_version}, {threads}, batch {profile.batch}"
+    version = "" if profile.runtime_version == "any" else f" {profile.runtime_version}"
+    return f"{profile.runtime}{version}, {threads}, batch {profile.batch}"
 
 
 def _plain_table(*headings: str, numbers: tuple[int, ...]) -> Table:
