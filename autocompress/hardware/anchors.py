@@ -14,6 +14,7 @@ from autocompress.hardware.synthetic import INT8, random_weights, with_ranges
 from autocompress.methods.quantization import activation_formats
 from autocompress.plan import CompressionPlan, Group, LayerPlan, ModelGraph
 from autocompress.progress import Progress
+from autocompress.runtime.base import DEFAULT_RUNTIME
 
 
 def anchor_plans(graph: ModelGraph, seed: int = 0, count: int = 10) -> list[CompressionPlan]:
@@ -78,6 +79,7 @@ def measure_plans(
     constants: Mapping[str, torch.Tensor] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    runtime: str = DEFAULT_RUNTIME,
 ) -> list[tuple[CompressionPlan, float, float]]:
     """Exports plans with random weights and times them: what ``Skeleton.calibrate`` takes.
 
@@ -91,6 +93,7 @@ def measure_plans(
             that is not a floating-point matrix is used.
         seed: of the random weights.
         progress: told how far it is.
+        runtime: where they are timed.
 
     Returns:
         ``(plan, median latency in ms, bytes of the file)`` in the order given.
@@ -109,5 +112,7 @@ def measure_plans(
             name = str(index)
             paths[name] = Path(folder) / f"{name}.onnx"
             sizes[name] = write_onnx(compressed, paths[name])
-        measured = measure_latency(paths, threads=threads, batch=batch, seconds_each=seconds_each, progress=progress)
+        measured = measure_latency(
+            paths, threads=threads, batch=batch, seconds_each=seconds_each, progress=progress, runtime=runtime
+        )
     return [(plan, measured[str(i)].median_ms, float(sizes[str(i)])) for i, plan in enumerate(plans)]

@@ -7,21 +7,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from autocompress.errors import UsageError, unknown_name
 from autocompress.hardware.calibration import Calibration
 from autocompress.hardware.footprint import ActivationMemory, multiply_accumulates, size_counts, stored_bytes
-from autocompress.hardware.kernels import FAMILIES, KINDS, MEMORY, SUBSTITUTES, Work, cold_megabytes, cost_us
-from autocompress.hardware.lowering import ELEMENTWISE, POOLS, VIEWS, Lowering, Mask, quantized_tensors
+from autocompress.hardware.kernels import (
+    FAMILIES,
+    KINDS,
+    LIGHT,
+    MEMORY,
+    SUBSTITUTES,
+    VIEWS,
+    Work,
+    cold_megabytes,
+    cost_us,
+)  # fmt: skip
+from autocompress.hardware.lowering import Lowering, Mask, quantized_tensors
 from autocompress.hardware.profile import FittedProfile, KernelCost
 from autocompress.hardware.skeleton import Record, Skeleton, Terms
 from autocompress.methods.quantization import FOLLOWERS
 from autocompress.plan import ModelGraph
 
 _WITH_WEIGHTS = ("fp32", "int8")
+
+
+class KernelMaker(Protocol):
+    """One pass over a graph for a batch of plans, which emits every kernel."""
+
+    def run(self) -> None:
+        """Emits them."""
 
 
 class FittedCostModel:
@@ -55,8 +73,10 @@ class FittedSkeleton(Skeleton):
     """Prices a graph's plans by the classes of the kernels that the runtime makes of them."""
 
     source = "fitted"
-    modelled = ELEMENTWISE | VIEWS | POOLS | FOLLOWERS | {"Conv", "Gemm", "MatMul"}
+    modelled = frozenset(LIGHT) | VIEWS | FOLLOWERS | {"Conv", "Gemm", "MatMul"}
     profile: FittedProfile
+    lowering: ClassVar[Callable[..., KernelMaker]] = Lowering
+    """How the runtime makes kernels of plans; it takes what ``Lowering`` takes."""
 
     def __init__(self, graph: ModelGraph, profile: FittedProfile) -> None:
         super().__init__(graph, profile)
@@ -97,7 +117,7 @@ class FittedSkeleton(Skeleton):
             if record is not None:
                 record(label, kind, microseconds, mask, whole)
 
-        Lowering(
+        self.lowering(
             self.graph, self._steps, dims, int8, held, count, self.profile.nchwc_block, self.profile.batch, emit
         ).run()
         end = self.profile.end_to_end

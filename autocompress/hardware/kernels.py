@@ -2,7 +2,8 @@
 
 A kernel is one node of the runtime's optimized graph.  Its class is the operator, its kind and the type it computes
 in (``conv_int8``).  ``_plain`` marks the slower path for channel counts off the runtime's alignment grid, ``_few`` a
-float32 convolution with fewer input channels than the runtime packs together.
+float32 convolution with fewer input channels than the runtime packs together.  ``attention`` is a product of two
+activations, ``curve`` an activation function that needs more than a comparison (Sigmoid, Gelu, Erf).
 """
 
 from __future__ import annotations
@@ -32,17 +33,23 @@ PASS = 64
 _FAMILY_KINDS = {
     "fp32": (
         "conv_fp32", "pointwise_fp32", "depthwise_fp32", "conv_few_fp32", "pointwise_few_fp32", "conv_plain_fp32",
-        "depthwise_plain_fp32", "gemm_fp32", "matmul_fp32",
+        "depthwise_plain_fp32", "gemm_fp32", "matmul_fp32", "attention_fp32",
     ),
     "int8": (
         "conv_int8", "pointwise_int8", "depthwise_int8", "conv_plain_int8", "pointwise_plain_int8",
-        "depthwise_plain_int8", "gemm_int8", "matmul_int8",
+        "depthwise_plain_int8", "gemm_int8", "matmul_int8", "matmul_dynamic_int8", "matmul_nbits",
+        "matmul_nbits_slow",
     ),
     "light": (
-        "add_fp32", "elementwise_fp32", "pool_fp32", "global_pool_fp32", "concat_fp32", "other_fp32", "view",
-        "add_int8", "pool_int8", "pool_plain_int8", "global_pool_int8", "concat_int8",
+        "add_fp32", "elementwise_fp32", "curve_fp32", "softmax_fp32", "norm_fp32", "pool_fp32", "global_pool_fp32",
+        "concat_fp32", "other_fp32", "view",
+        "batch_norm_fp32", "pool_plain_fp32", "add_int8", "mul_int8", "curve_int8", "pool_int8",
+        "pool_plain_int8", "global_pool_int8", "concat_int8",
     ),
-    "boundary": ("quantize", "dequantize", "reorder_input", "reorder_output", "transpose_int8", "transpose_fp32"),
+    "boundary": (
+        "quantize", "quantize_dynamic", "dequantize", "cast", "reorder_input", "reorder_output", "transpose_int8",
+        "transpose_fp32",
+    ),
 }  # fmt: skip
 
 KINDS = {kind: family for family, kinds in _FAMILY_KINDS.items() for kind in kinds}
@@ -60,7 +67,11 @@ SUBSTITUTES = {
     "conv_plain_int8": "conv_int8", "pointwise_plain_int8": "pointwise_int8", "pointwise_int8": "conv_int8",
     "depthwise_plain_int8": "depthwise_int8", "other_fp32": "elementwise_fp32", "concat_fp32": "elementwise_fp32",
     "concat_int8": "add_int8", "pool_int8": "add_int8", "pool_plain_int8": "pool_int8",
-    "transpose_fp32": "reorder_output",
+    "transpose_fp32": "reorder_output", "attention_fp32": "matmul_fp32", "matmul_dynamic_int8": "matmul_int8",
+    "matmul_nbits": "matmul_dynamic_int8", "softmax_fp32": "curve_fp32", "norm_fp32": "softmax_fp32",
+    "curve_fp32": "elementwise_fp32", "curve_int8": "mul_int8", "mul_int8": "add_int8", "batch_norm_fp32": "norm_fp32",
+    "pool_plain_fp32": "pool_fp32", "cast": "dequantize",
+    "matmul_nbits_slow": "matmul_nbits", "quantize_dynamic": "quantize",
     "pool_fp32": "elementwise_fp32", "global_pool_fp32": "elementwise_fp32", "add_fp32": "elementwise_fp32",
     "global_pool_int8": "add_int8", "add_int8": "elementwise_fp32", "view": "elementwise_fp32",
     "gemm_fp32": "conv_fp32", "gemm_int8": "conv_int8", "depthwise_fp32": "conv_fp32", "depthwise_int8": "conv_int8",
@@ -146,9 +157,62 @@ def gemm_work(kind: str, rows: Number, inputs: Number, outputs: Number) -> Work:
     )
 
 
+def few_bits_work(rows: Number, inputs: Number, outputs: Number, bits: int) -> Work:
+    """A product with a matrix stored in ``bits`` bits a weight, which is unpacked on the way (``taps``)."""
+    return Work(
+        macs=rows * inputs * outputs,
+        taps=inputs * outputs,
+        read_bytes=4 * rows * inputs,
+        written_bytes=4 * rows * outputs,
+        weight_bytes=inputs * outputs * bits / 8,
+    )
+
+
+def pool_work(kind: str, read: Number, written: Number, window: int) -> Work:
+    """``written`` numbers, each taken from a ``window`` of the ``read`` ones."""
+    width = 1 if kind.endswith("int8") else 4
+    return Work(macs=written * window, read_bytes=width * read, written_bytes=width * written)
+
+
+LIGHT = {
+    "Sigmoid": "curve_fp32", "Tanh": "curve_fp32", "Erf": "curve_fp32", "Exp": "curve_fp32", "Log": "curve_fp32",
+    "Sqrt": "curve_fp32", "Pow": "curve_fp32", "Gelu": "curve_fp32", "BiasGelu": "curve_fp32",
+    "FastGelu": "curve_fp32", "QuickGelu": "curve_fp32", "HardSwish": "curve_fp32", "HardSigmoid": "curve_fp32",
+    "Elu": "curve_fp32", "Selu": "curve_fp32", "Softplus": "curve_fp32", "Mish": "curve_fp32", "Swish": "curve_fp32",
+    "Softmax": "softmax_fp32", "LogSoftmax": "softmax_fp32", "LayerNormalization": "norm_fp32",
+    "SimplifiedLayerNormalization": "norm_fp32", "RMSNormalization": "norm_fp32",
+    "SkipLayerNormalization": "norm_fp32", "InstanceNormalization": "norm_fp32", "GroupNormalization": "norm_fp32",
+    "BatchNormalization": "batch_norm_fp32", "GlobalAveragePool": "global_pool_fp32", "Cast": "cast",
+    "Add": "add_fp32", "Sum": "add_fp32", "Relu": "elementwise_fp32", "Clip": "elementwise_fp32",
+    "Mul": "elementwise_fp32", "Sub": "elementwise_fp32", "Div": "elementwise_fp32", "LeakyRelu": "elementwise_fp32",
+    "PRelu": "elementwise_fp32", "Max": "elementwise_fp32", "Min": "elementwise_fp32", "Neg": "elementwise_fp32",
+    "Concat": "concat_fp32", "Split": "concat_fp32", "Slice": "concat_fp32", "Gather": "concat_fp32",
+    "Expand": "concat_fp32", "Pad": "concat_fp32", "Tile": "concat_fp32",
+}  # fmt: skip
+"""The class of operators without weights that run in float32, by what they do; any other is ``other_fp32``."""
+
+VIEWS = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Shape", "Dropout", "Constant"})
+"""Operators that give their input another shape."""
+
+
+def light_work(kind: str, read_bytes: Number, written_bytes: Number) -> Work:
+    """An operator without weights; what only copies reads as much as it writes."""
+    return move_work(written_bytes if kind.startswith("concat") else read_bytes, written_bytes)
+
+
+def layout_work(elements: Number, positions: Number, width: int = 1) -> Work:
+    """Between channels first and channels last: ``positions`` of an image in one go each."""
+    return Work(points=positions, read_bytes=width * elements, written_bytes=width * elements)
+
+
 def move_work(read_bytes: Number, written_bytes: Number) -> Work:
     """A kernel whose time goes with the bytes it moves."""
     return Work(read_bytes=read_bytes, written_bytes=written_bytes)
+
+
+def cost_size(work: Work) -> Number:
+    """One number for how much a kernel does: its multiply-accumulates, or else the bytes it moves."""
+    return work.macs + work.read_bytes + work.written_bytes
 
 
 def cold_megabytes(weight_bytes: Number, cache_mb: float) -> Number:
