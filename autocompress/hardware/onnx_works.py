@@ -35,15 +35,16 @@ def describe_node(executed: ExecutedNode, graph: ExecutedGraph, block: int) -> N
         graph: the graph it is of.
         block: channels that the runtime packs together.
     """
-    # A weight may be computed at run time, from integers for example: its shape is as good as a stored one's.
-    shapes = {**graph.values, **graph.weights}
-    try:
-        kind, work = describe(executed.node, dict(executed.arguments), shapes, block)
-    except (KeyError, IndexError, ValueError):
-        kind = OTHER
-        read = sum(graph.bytes.get(name, 0.0) for name in executed.node.input)
-        work = move_work(read, sum(graph.bytes.get(name, 0.0) for name in executed.node.output))
-    return NodeWork(kind, work, True) if kind != OTHER else _stand_in(executed, graph, work)
+    # A weight may be computed at run time, from integers for example: then its shape is as good as a stored one's.
+    for shapes in (graph.weights, {**graph.values, **graph.weights}):
+        try:
+            kind, work = describe(executed.node, dict(executed.arguments), dict(shapes), block)
+        except (KeyError, IndexError, ValueError):
+            continue
+        return NodeWork(kind, work, True) if kind != OTHER else _stand_in(executed, graph, work)
+    read = sum(graph.bytes.get(name, 0.0) for name in executed.node.input)
+    written = sum(graph.bytes.get(name, 0.0) for name in executed.node.output)
+    return _stand_in(executed, graph, move_work(read, written))
 
 
 def _stand_in(executed: ExecutedNode, graph: ExecutedGraph, moved: Work) -> NodeWork:
