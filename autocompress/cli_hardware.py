@@ -107,6 +107,9 @@ def predict(
     batch: Annotated[
         int | None, typer.Option("--batch", metavar="N", help="Samples of one run; the profile's by default.")
     ] = None,
+    runtime: Annotated[
+        str | None, typer.Option("--runtime", help="What runs the model; the profile's by default.")
+    ] = None,
     dim: Annotated[
         list[str] | None,
         typer.Option("--dim", metavar="NAME=N", help="The size of an axis the ONNX file leaves open."),
@@ -131,7 +134,7 @@ def predict(
         from autocompress import api
 
         prediction = api.predict_in_detail(
-            model, hardware, threads=threads, batch=batch, dims=_sizes(dim or []), progress=progress
+            model, hardware, threads=threads, batch=batch, runtime=runtime, dims=_sizes(dim or []), progress=progress
         )
     if as_json:
         typer.echo(prediction.estimate.model_dump_json(indent=1))

@@ -19,6 +19,8 @@ OTHER = "other_fp32"
 class NodeWork:
     """The class of one kernel (of ``kernels.KINDS``), its work, and whether it really is of that class."""
 
+    name: str
+    op: str
     kind: str
     work: Work
     known: bool
@@ -41,7 +43,9 @@ def describe_node(executed: ExecutedNode, graph: ExecutedGraph, block: int) -> N
             kind, work = describe(executed.node, dict(executed.arguments), dict(shapes), block)
         except (KeyError, IndexError, ValueError):
             continue
-        return NodeWork(kind, work, True) if kind != OTHER else _stand_in(executed, graph, work)
+        if kind == OTHER:
+            return _stand_in(executed, graph, work)
+        return NodeWork(executed.name, executed.node.op_type, kind, work, True)
     read = sum(graph.bytes.get(name, 0.0) for name in executed.node.input)
     written = sum(graph.bytes.get(name, 0.0) for name in executed.node.output)
     return _stand_in(executed, graph, move_work(read, written))
@@ -49,19 +53,21 @@ def describe_node(executed: ExecutedNode, graph: ExecutedGraph, block: int) -> N
 
 def _stand_in(executed: ExecutedNode, graph: ExecutedGraph, moved: Work) -> NodeWork:
     """What prices an operator of no known class."""
-    macs = node_macs(executed, graph)
-    if not macs:
-        return NodeWork(OTHER, moved, False)
-    op, out = executed.node.op_type, executed.outputs[0][2]
-    weight = graph.shape(executed.node.input[1]) if "Conv" in op else None
-    if weight:
-        kind = "conv_plain_fp32"
-        window, positions = math.prod(weight[2:]), math.prod(out) // out[1]
-        inputs = max(1, macs // (positions * window * out[1]))
-        return NodeWork(kind, conv_work(kind, positions, window, inputs, out[1], positions, 1), False)
-    kind = "matmul_int8" if any(word in op for word in ("Integer", "Quant", "QLinear")) else "matmul_fp32"
-    rows = math.prod(out) // out[-1]
-    return NodeWork(kind, gemm_work(kind, rows, macs // (rows * out[-1]), out[-1]), False)
+    op, macs = executed.node.op_type, node_macs(executed, graph)
+    kind, work = OTHER, moved
+    if macs:
+        out = executed.outputs[0][2]
+        weight = graph.shape(executed.node.input[1]) if "Conv" in op else None
+        if weight:
+            kind = "conv_plain_fp32"
+            window, positions = math.prod(weight[2:]), math.prod(out) // out[1]
+            inputs = max(1, macs // (positions * window * out[1]))
+            work = conv_work(kind, positions, window, inputs, out[1], positions, 1)
+        else:
+            kind = "matmul_int8" if any(word in op for word in ("Integer", "Quant", "QLinear")) else "matmul_fp32"
+            rows = math.prod(out) // out[-1]
+            work = gemm_work(kind, rows, macs // (rows * out[-1]), out[-1])
+    return NodeWork(executed.name, op, kind, work, False)
 
 
 def for_another_device(graph: ExecutedGraph, *, half: bool) -> tuple[ExecutedGraph, list[NodeWork]]:
@@ -86,7 +92,7 @@ def for_another_device(graph: ExecutedGraph, *, half: bool) -> tuple[ExecutedGra
             kind = kind.removesuffix("fp32") + "fp16"
             if types.get(executed.node.output[0]) == "float":
                 work = _narrowed(work)
-        works.append(NodeWork(kind, work, found.known))
+        works.append(replace(found, kind=kind, work=work))
     return graph, works
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
+
 from autocompress.errors import UsageError
 from autocompress.export.checkpoint import read_plan
 from autocompress.hardware.analytic import memory_notes
@@ -22,8 +24,6 @@ from autocompress.hardware.onnx_works import OTHER, NodeWork, describe_node, for
 from autocompress.hardware.profile import Energy, FittedProfile, HardwareProfile, Precision
 from autocompress.hardware.skeleton import UNKNOWN_BAND
 from autocompress.plan import CompressionPlan, Estimate, Quantity, Source
-
-RUNTIME = "onnxruntime"
 
 UNKNOWN_WIDENS = 1.5
 """How much wider the band on the latency is where any kernel is of a class never measured."""
@@ -122,20 +122,11 @@ def predict_onnx(path: Path, profile: HardwareProfile, *, dims: Mapping[str, int
 
 def predict_in_detail(path: Path, profile: HardwareProfile, *, dims: Mapping[str, int] | None = None) -> Prediction:
     """As :func:`predict_onnx`, with each kernel's class."""
-    if isinstance(profile, FittedProfile) and profile.runtime != RUNTIME:
-        raise UsageError(
-            f"profile {profile.name!r} is of runtime {profile.runtime!r}, whose kernels cannot be read from an ONNX "
-            f"file; give a profile of {RUNTIME}, or a plan.json"
-        )
     model = read_model(path)
     size = artifact_bytes(path, model)
-    graph = execute(path, FUSED if profile.kind == "analytic" else LAYOUTS, batch=profile.batch, dims=dims)
+    graph, works = _kernels(path, model, profile, dims or {})
     macs, uncounted = multiply_accumulates(execute(path, AS_WRITTEN, dims=dims))
-    if isinstance(profile, FittedProfile):
-        works = [describe_node(executed, graph, profile.nchwc_block) for executed in graph.nodes]
-    else:
-        graph, works = for_another_device(graph, half=is_half(model) and "fp16" in profile.precisions)
-    kernels, extra = _price(graph, works, profile)
+    kernels, extra = _price(works, profile)
     latency = sum(kernel.latency_ms for kernel in kernels) + sum(extra.values())
     unknown = [kernel for kernel in kernels if not kernel.known]
     spread = _band(profile)
@@ -165,16 +156,34 @@ def predict_in_detail(path: Path, profile: HardwareProfile, *, dims: Mapping[str
     return Prediction(estimate, profile, tuple(kernels))
 
 
-def _price(
-    graph: ExecutedGraph, works: Sequence[NodeWork], profile: HardwareProfile
-) -> tuple[list[PricedKernel], dict[str, float]]:
+def _kernels(
+    path: Path, model: onnx.ModelProto, profile: HardwareProfile, dims: Mapping[str, int]
+) -> tuple[ExecutedGraph, list[NodeWork]]:
+    """A graph whose tensors tell the memory, and the kernels that the profile's runtime makes of the file."""
+    if not isinstance(profile, FittedProfile):
+        graph = execute(path, FUSED, batch=profile.batch, dims=dims)
+        return for_another_device(graph, half=is_half(model) and "fp16" in profile.precisions)
+    if profile.runtime == "onnxruntime":
+        graph = execute(path, LAYOUTS, batch=profile.batch, dims=dims)
+        return graph, [describe_node(executed, graph, profile.nchwc_block) for executed in graph.nodes]
+    if profile.runtime == "openvino":
+        from autocompress.hardware.onnx_openvino import openvino_works
+
+        graph = execute(path, FUSED, batch=profile.batch, dims=dims)
+        return graph, openvino_works(path, graph, profile)
+    raise UsageError(
+        f"profile {profile.name!r} is of runtime {profile.runtime!r}, whose kernels cannot be read from an ONNX file; "
+        "give a profile of onnxruntime or openvino, or a plan.json"
+    )
+
+
+def _price(works: Sequence[NodeWork], profile: HardwareProfile) -> tuple[list[PricedKernel], dict[str, float]]:
     """Each kernel's milliseconds, and those that belong to no kernel."""
     model = cost_model(profile)
     kernels = []
-    for executed, node in zip(graph.nodes, works, strict=True):
+    for node in works:
         known = node.known and (not isinstance(profile, FittedProfile) or node.kind in profile.kernels)
-        milliseconds = model.kernel_us(node.kind, node.work) * 1e-3
-        kernels.append(PricedKernel(executed.name, executed.node.op_type, node.kind, milliseconds, known))
+        kernels.append(PricedKernel(node.name, node.op, node.kind, model.kernel_us(node.kind, node.work) * 1e-3, known))
     overhead = model.run_us(0.0)
     cold = model.run_us(sum(float(node.work.weight_bytes) for node in works)) - overhead
     return kernels, ({"cold weights": cold * 1e-3} if cold else {}) | {"overhead": overhead * 1e-3}

@@ -255,6 +255,17 @@ def test_a_model_too_large_for_the_device_is_said_to_be(tmp_path: Path) -> None:
     assert len([note for note in estimate.notes if "does not fit" in note]) == 2
 
 
+def test_a_profile_of_openvino_prices_openvino_kernels(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    profile = make_profile().model_copy(update={"runtime": "openvino"})
+    prediction = predict_in_detail(conv_net(tmp_path / "c.onnx"), profile)
+    assert {"Convolution", "FullyConnected"} <= {kernel.op for kernel in prediction.kernels}
+    assert prediction.estimate.costs["macs"].value == cost(tmp_path / "c.onnx", "macs")
+    unheard = profile.model_copy(update={"runtime": "tensorrt"})
+    with pytest.raises(UsageError, match="onnxruntime or openvino"):
+        predict_onnx(tmp_path / "c.onnx", unheard)
+
+
 # -------------------------------------------------------------------------------------------- what is not known
 
 
