@@ -49,7 +49,8 @@ class AnalyticCostModel:
         macs = float(work.macs) or float(work.written_bytes) / WIDTH["int8" if wanted == "int8" else "fp32"]
         weights = float(work.weight_bytes)
         if precision is not None:
-            return float(self._roofline.kernel_us(op_class, precision, macs, moved, weights))
+            fixed = self._roofline.weights_us_per_byte(weights) if self.profile.weights_gb_per_s else None
+            return float(self._roofline.kernel_us(op_class, precision, macs, moved, weights, fixed))
         if self.profile.host is not None:
             return float(self._roofline.host_us(macs, moved, weights))
         if op_class == "elementwise":
@@ -60,7 +61,9 @@ class AnalyticCostModel:
 
     def run_us(self, weight_bytes: float) -> float:
         """Microseconds of a run beside its kernels', for a model with so many bytes of weights."""
-        extra = self._roofline.weights_us_per_byte(weight_bytes) - self._roofline.us_per_byte(0.0)
+        extra = 0.0
+        if self.profile.weights_gb_per_s is None:
+            extra = self._roofline.weights_us_per_byte(weight_bytes) - self._roofline.us_per_byte(0.0)
         return self._roofline.run_us + self.profile.scale_compute * weight_bytes * max(0.0, float(extra))
 
 

@@ -45,9 +45,10 @@ class Host(Value):
 
 
 class Published(Value):
-    """A latency that somebody measured on the device and published; no coefficient was fitted to it.
+    """A latency that somebody measured on the device and published.
 
-    ``model`` is named as torchvision names it, or described; ``runtime`` is what ran it there.
+    ``model`` is named as torchvision names it, or described; ``runtime`` is what ran it there.  ``used`` says that an
+    efficiency or a bandwidth was read off it, so that it proves nothing of the predictions.
     """
 
     model: str
@@ -57,7 +58,7 @@ class Published(Value):
     resolution: int | None = None
     runtime: str
     source: str
-    predicted_ms: Positive | None = None
+    used: bool = False
 
 
 class UserMeasurement(Value):
