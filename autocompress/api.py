@@ -241,6 +241,36 @@ def profile(
     return made
 
 
+def calibrate(
+    measurements: str | Path,
+    hardware: str | Path,
+    *,
+    out: str | Path | None = None,
+    threads: int | None = None,
+    batch: int | None = None,
+) -> HardwareProfile:
+    """The analytic profile of a device, rescaled to what you measured on it.
+
+    Args:
+        measurements: a YAML list of ``{model: FILE.onnx, latency_ms: X}``, two at least; paths are from its folder.
+        hardware: the profile to start from: a shipped name or a YAML file.
+        out: a YAML file to write the new profile to, in a folder that exists.
+        threads: threads of the measured runs; the profile's by default.
+        batch: samples of the measured runs; likewise.
+    """
+    from autocompress.hardware.analytic_calibration import calibrate_profile, read_measurements
+    from autocompress.hardware.predict import predict_onnx
+    from autocompress.hardware.profile import load_hardware
+
+    if out is not None:
+        _check_target(Path(out))
+    found = read_measurements(Path(measurements))
+    made = calibrate_profile(load_hardware(hardware, threads, batch), found, predict_onnx)
+    if out is not None:
+        made.save(Path(out))
+    return made
+
+
 def predict(
     model: str | Path,
     hardware: str | Path = "local",

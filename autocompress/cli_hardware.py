@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from autocompress.cli_options import AsJson, console
+from autocompress.cli_options import CHECKS_FAILED, AsJson, console
 from autocompress.errors import UsageError
-
-if TYPE_CHECKING:
-    from autocompress.hardware.profile import HardwareProfile
 
 PROFILE_CODES = "Exit codes: 0 done, 1 --check found faults, 2 bad usage, 130 interrupted, what was there is kept."
 
@@ -60,7 +57,9 @@ def profile(
 
     _one_of(schema=schema, check=check is not None, calibrate=calibrate is not None)
     if schema:
-        typer.echo(json.dumps(_schema(), indent=1))
+        from autocompress.hardware.profile_check import profile_schema
+
+        typer.echo(json.dumps(profile_schema(), indent=1))
         return
     if check is not None:
         _check(check, as_json=as_json)
@@ -73,7 +72,7 @@ def profile(
         if calibrate is not None:
             if hardware is None or out is None:
                 raise UsageError("--calibrate needs --hardware NAME to start from and --out FILE to write to")
-            made = api.calibrate(calibrate, hardware, out=out)
+            made = api.calibrate(calibrate, hardware, out=out, threads=threads, batch=batch)
         else:
             made = api.profile(
                 runtime=runtime, threads=threads, batch=batch, out=out, refresh=refresh, progress=progress
@@ -142,6 +141,23 @@ def predict(
     from autocompress.terminal_hardware import prediction_view
 
     console().print(prediction_view(model, prediction, top))
+
+
+def _check(path: Path, *, as_json: bool) -> None:
+    """Shows what was found; exit code 2 where there is no such file, 1 where something keeps it from being used."""
+    from autocompress.hardware.profile_check import check_profile
+
+    if not path.is_file():
+        raise UsageError(f"--check: no such file: {str(path)!r}")
+    checks = check_profile(path)
+    if as_json:
+        typer.echo(json.dumps([check.model_dump(mode="json") for check in checks], indent=1))
+    else:
+        from autocompress.terminal_hardware import checks_view
+
+        console().print(checks_view(checks))
+    if not all(check.ok for check in checks):
+        raise typer.Exit(CHECKS_FAILED)
 
 
 def describe_hardware() -> dict[str, str]:

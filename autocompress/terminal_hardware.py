@@ -12,10 +12,10 @@ from rich.text import Text
 from autocompress.units import format_bytes, format_count, format_ms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from autocompress.hardware.predict import Prediction
-    from autocompress.hardware.profile import FittedProfile, HardwareProfile
+    from autocompress.hardware.profile import FittedProfile, HardwareProfile, ProfileCheck
 
 _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "latency_ms": ("latency", format_ms),
@@ -112,6 +112,16 @@ def _fitted(profile: FittedProfile) -> list[RenderableType]:
         )
     parts.append(Text(f"two measurements of one model lie {profile.repeat_floor:.1%} apart", style="dim"))
     return parts
+
+
+def checks_view(checks: Sequence[ProfileCheck]) -> RenderableType:
+    """What was found in a profile, with the remedy of each fault."""
+    styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    for check in checks:
+        detail = f"{check.detail}; {check.remedy}" if check.remedy else check.detail
+        table.add_row(Text(check.level, style=styles[check.level]), Text(check.name), Text(detail, style="dim"))
+    return table
 
 
 def trust_text(profile: HardwareProfile) -> str:

@@ -22,8 +22,8 @@ from autocompress.hardware.onnx_half import is_half
 from autocompress.hardware.onnx_kernels import AS_WRITTEN, FUSED, LAYOUTS, ExecutedGraph, execute, read_model
 from autocompress.hardware.onnx_works import OTHER, NodeWork, describe_node, for_another_device
 from autocompress.hardware.profile import Energy, FittedProfile, HardwareProfile, Precision
-from autocompress.hardware.skeleton import UNKNOWN_BAND
-from autocompress.plan import CompressionPlan, Estimate, Quantity, Source
+from autocompress.hardware.skeleton import UNKNOWN_BAND, quantity
+from autocompress.plan import CompressionPlan, Estimate
 
 UNKNOWN_WIDENS = 1.5
 """How much wider the band on the latency is where any kernel is of a class never measured."""
@@ -135,14 +135,14 @@ def predict_in_detail(path: Path, profile: HardwareProfile, *, dims: Mapping[str
         spread = max(spread * UNKNOWN_WIDENS, spread + UNKNOWN_SPREAD * share)
     peak = peak_activation_bytes(graph) + profile.memory.engine_bytes
     costs = {
-        "latency_ms": _quantity(latency, spread, profile.kind),
-        "size_bytes": _quantity(size, 0.0, "measured"),
-        "peak_memory_bytes": _quantity(peak, 0.0, "analytic"),
-        "macs": _quantity(macs, 0.0, "unknown" if uncounted else "analytic"),
+        "latency_ms": quantity(latency, spread, profile.kind),
+        "size_bytes": quantity(size, 0.0, "measured"),
+        "peak_memory_bytes": quantity(peak, 0.0, "analytic"),
+        "macs": quantity(macs, 0.0, "unknown" if uncounted else "analytic"),
     }
     if profile.energy is not None:
         millijoules = _picojoules(works, profile.energy) * 1e-9 + profile.energy.static_mw * latency * 1e-3
-        costs["energy_mj"] = _quantity(millijoules, max(spread, UNKNOWN_BAND), "analytic")
+        costs["energy_mj"] = quantity(millijoules, max(spread, UNKNOWN_BAND), "analytic")
     estimate = Estimate(
         target=profile.name,
         costs=costs,
@@ -219,7 +219,3 @@ def _by_name(kernels: Iterable[PricedKernel]) -> dict[str, float]:
 def _counted(names: Iterable[str]) -> list[str]:
     """Each name once, with how often it occurs."""
     return [name if count == 1 else f"{name} x{count}" for name, count in Counter(names).items()]
-
-
-def _quantity(value: float, spread: float, source: Source) -> Quantity:
-    return Quantity(value=value, low=value * (1 - min(spread, 1.0)), high=value * (1 + spread), source=source)
