@@ -125,7 +125,10 @@ def checks_view(checks: Sequence[ProfileCheck]) -> RenderableType:
 
 
 def trust_text(profile: HardwareProfile) -> str:
-    """Whether predictions were compared with measurements, and how wide their band is."""
+    """Whether predictions were compared with measurements, and how far off they may be."""
+    held = getattr(profile, "holdout", None)
+    if held is not None:
+        return f"validated: {held.mape:.1%} mean error on models held out of the fit"
     return f"{'validated' if profile.validated else 'not validated'}, within {profile.error_band:.0%}"
 
 

@@ -87,7 +87,8 @@ def for_another_device(graph: ExecutedGraph, *, half: bool) -> tuple[ExecutedGra
     for executed in graph.nodes:
         found = describe_node(executed, graph, 1)
         work = replace(found.work, macs=node_macs(executed, graph) or found.work.macs)
-        kind = found.kind
+        # What this machine packs and what it does not is no concern of another's.
+        kind = found.kind.replace("_plain", "").replace("_few", "")
         if half and kind.endswith("fp32"):
             kind = kind.removesuffix("fp32") + "fp16"
             if types.get(executed.node.output[0]) == "float":

@@ -3,85 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
 
 from autocompress.errors import UsageError
 from autocompress.hardware.analytic_profile import AnalyticProfile
 from autocompress.hardware.predict import predict_in_detail, predict_onnx
 from autocompress.plan import Estimate
-from tests.unit.test_hardware_cost import make_profile
-
-Shape = Sequence[int | str]
-RNG = np.random.default_rng(0)
-
-
-def save(
-    path: Path,
-    nodes: Sequence[onnx.NodeProto],
-    inputs: dict[str, Shape],
-    outputs: Sequence[str],
-    weights: dict[str, np.ndarray] | None = None,
-    dtype: int = TensorProto.FLOAT,
-) -> Path:
-    graph = helper.make_graph(
-        list(nodes),
-        "made",
-        [helper.make_tensor_value_info(name, dtype, shape) for name, shape in inputs.items()],
-        [helper.make_tensor_value_info(name, dtype, None) for name in outputs],
-        [numpy_helper.from_array(value, name) for name, value in (weights or {}).items()],
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
-    return path
-
-
-def normal(*shape: int) -> np.ndarray:
-    return RNG.standard_normal(shape).astype(np.float32)
-
-
-def conv_net(path: Path) -> Path:
-    """A convolution of 3 to 8 channels on 16 x 16, a Relu, and a classifier."""
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["c"], "first", pads=[1, 1, 1, 1], strides=[2, 2]),
-        helper.make_node("Relu", ["c"], ["r"], "relu"),
-        helper.make_node("GlobalAveragePool", ["r"], ["p"], "pool"),
-        helper.make_node("Flatten", ["p"], ["f"], "flat"),
-        helper.make_node("Gemm", ["f", "m", "b"], ["y"], "last", transB=1),
-    ]
-    weights = {"w": normal(8, 3, 3, 3), "m": normal(10, 8), "b": normal(10)}
-    return save(path, nodes, {"x": ["N", 3, 16, 16]}, ["y"], weights)
-
-
-def token_net(path: Path, tokens: int | str = 6) -> Path:
-    """Two products with a matrix, 64 to 128 to 64 features, over tokens."""
-    nodes = [
-        helper.make_node("MatMul", ["x", "a"], ["h"], "up"),
-        helper.make_node("Relu", ["h"], ["r"], "relu"),
-        helper.make_node("MatMul", ["r", "b"], ["y"], "down"),
-    ]
-    return save(path, nodes, {"x": ["N", tokens, 64]}, ["y"], {"a": normal(64, 128), "b": normal(128, 64)})
-
-
-def chain(path: Path, branch: bool = False) -> Path:
-    """Sigmoids that the runtime cannot fuse, on 4 x 100 numbers; with a branch, the first result waits for an Add."""
-    nodes = [
-        helper.make_node("Sigmoid", ["x"], ["a"]),
-        helper.make_node("Reshape", ["a", "shape"], ["v"]),
-        helper.make_node("Sigmoid", ["v"], ["b"]),
-        helper.make_node("Sigmoid", ["b"], ["c"]),
-    ]
-    if branch:
-        nodes.append(helper.make_node("Add", ["c", "v"], ["y"]))
-    else:
-        nodes.append(helper.make_node("Sigmoid", ["c"], ["y"]))
-    return save(path, nodes, {"x": [4, 100]}, ["y"], {"shape": np.array([100, 4])})
+from tests.fixtures.onnx_files import chain, conv_net, four_bits, normal, odd, save, token_net
+from tests.fixtures.search import make_profile
 
 
 def cost(path: Path, name: str, batch: int = 1) -> float:
@@ -109,7 +44,7 @@ def test_peak_memory_by_hand(tmp_path: Path) -> None:
 def test_latency_is_the_sum_of_what_the_profile_says_of_each_kernel(tmp_path: Path) -> None:
     prediction = predict_in_detail(token_net(tmp_path / "t.onnx"), make_profile())
     products = [kernel for kernel in prediction.kernels if kernel.kind == "matmul_fp32"]
-    # 1 us and 8 us a million multiply-accumulates each (tests.unit.test_hardware_cost.make_profile).
+    # 1 us and 8 us a million multiply-accumulates each (tests.fixtures.search.make_profile).
     assert [kernel.latency_ms for kernel in products] == pytest.approx([1e-3 * (1 + 8 * 6 * 64 * 128 * 1e-6)] * 2)
     estimate = prediction.estimate
     assert sum(estimate.per_kernel.values()) == pytest.approx(estimate.costs["latency_ms"].value)
@@ -178,16 +113,6 @@ def test_float16(tmp_path: Path) -> None:
     path = save(tmp_path / "h.onnx", nodes, {"x": [6, 64]}, ["y"], weights, TensorProto.FLOAT16)
     assert cost(path, "macs") == 6 * 64 * 128
     assert {"up", "gate"} <= set(predict_onnx(path, make_profile()).per_kernel)
-
-
-def four_bits(path: Path, rows: int = 6, inputs: int = 64, outputs: int = 128) -> Path:
-    """A product with a matrix kept in 4 bits, in blocks of 32."""
-    blocks = inputs // 32
-    packed = RNG.integers(0, 256, (outputs, blocks, 16), dtype=np.uint8)
-    node = helper.make_node(
-        "MatMulNBits", ["x", "q", "s"], ["y"], "up", domain="com.microsoft", K=inputs, N=outputs, bits=4, block_size=32
-    )
-    return save(path, [node], {"x": [rows, inputs]}, ["y"], {"q": packed, "s": normal(outputs * blocks)})
 
 
 def test_four_bit_weights(tmp_path: Path) -> None:
@@ -267,11 +192,6 @@ def test_a_profile_of_openvino_prices_openvino_kernels(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------- what is not known
-
-
-def odd(path: Path) -> Path:
-    nodes = [helper.make_node("Det", ["x"], ["y"], "determinant")]
-    return save(path, nodes, {"x": [64, 32, 32]}, ["y"])
 
 
 def test_an_operator_never_measured_is_named_and_widens_the_band(tmp_path: Path) -> None:
