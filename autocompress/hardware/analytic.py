@@ -9,8 +9,8 @@ from autocompress.hardware.analytic_lowering import AnalyticLowering
 from autocompress.hardware.analytic_profile import AnalyticProfile
 from autocompress.hardware.calibration import Calibration
 from autocompress.hardware.footprint import ActivationMemory, multiply_accumulates, size_counts, stored_bytes
-from autocompress.hardware.kernels import KINDS, Work
-from autocompress.hardware.lowering import ELEMENTWISE, POOLS, VIEWS, quantized_tensors
+from autocompress.hardware.kernels import KINDS, VIEWS, Work
+from autocompress.hardware.lowering import ELEMENTWISE, POOLS, quantized_tensors
 from autocompress.hardware.profile import HardwareProfile
 from autocompress.hardware.roofline import WIDTH, Roofline, Variant, op_class_of, refusal, variant_of
 from autocompress.hardware.skeleton import PriceTable, Record, Skeleton, Terms
@@ -84,6 +84,11 @@ def memory_notes(profile: HardwareProfile, peak: float, size: float) -> list[str
     return found
 
 
+def stand_in_note(profile: AnalyticProfile) -> str:
+    """What a device without floats runs them in."""
+    return f"layers in fp32 run in what stands in for it on {profile.name}: {profile.floats_as}"
+
+
 class AnalyticSkeleton(Skeleton):
     """Prices a graph's plans layer by layer and edge by edge.
 
@@ -119,6 +124,8 @@ class AnalyticSkeleton(Skeleton):
     def _notes(self, table: PriceTable, formats: np.ndarray) -> tuple[str, ...]:
         peak, size = float(table.peak_memory_bytes[0]), float(table.size_bytes[0])
         found = memory_notes(self.profile, peak, size)
+        if self.profile.floats_as is not None and any(self._formats[code].compute == "fp32" for code in formats):
+            found.append(stand_in_note(self.profile))
         hosted = [
             n for n, code in zip(self.layer_names, formats, strict=True) if self._variants[code].precision is None
         ]

@@ -15,7 +15,8 @@ import onnx
 
 from autocompress.errors import UsageError
 from autocompress.export.checkpoint import read_plan
-from autocompress.hardware.analytic import memory_notes
+from autocompress.hardware.analytic import memory_notes, stand_in_note
+from autocompress.hardware.analytic_profile import AnalyticProfile
 from autocompress.hardware.models import cost_model
 from autocompress.hardware.onnx_footprint import artifact_bytes, multiply_accumulates, peak_activation_bytes
 from autocompress.hardware.onnx_half import is_half
@@ -141,7 +142,7 @@ def predict_in_detail(path: Path, profile: HardwareProfile, *, dims: Mapping[str
         "macs": quantity(macs, 0.0, "unknown" if uncounted else "analytic"),
     }
     if profile.energy is not None:
-        millijoules = _picojoules(works, profile.energy) * 1e-9 + profile.energy.static_mw * latency * 1e-3
+        millijoules = _picojoules(works, profile, profile.energy) * 1e-9 + profile.energy.static_mw * latency * 1e-3
         costs["energy_mj"] = quantity(millijoules, max(spread, UNKNOWN_BAND), "analytic")
     estimate = Estimate(
         target=profile.name,
@@ -151,7 +152,7 @@ def predict_in_detail(path: Path, profile: HardwareProfile, *, dims: Mapping[str
             *_counted(kernel.op if kernel.kind == OTHER else f"{kernel.op} as {kernel.kind}" for kernel in unknown),
             *_counted(f"multiply-accumulates of {op}" for op in uncounted),
         ),
-        notes=tuple(memory_notes(profile, peak, size)),
+        notes=_notes(works, profile, peak, size),
     )
     return Prediction(estimate, profile, tuple(kernels))
 
@@ -189,16 +190,26 @@ def _price(works: Sequence[NodeWork], profile: HardwareProfile) -> tuple[list[Pr
     return kernels, ({"cold weights": cold * 1e-3} if cold else {}) | {"overhead": overhead * 1e-3}
 
 
-def _picojoules(works: Iterable[NodeWork], energy: Energy) -> float:
-    """What the work itself takes, in the type that each kernel multiplies in."""
+def _picojoules(works: Iterable[NodeWork], profile: HardwareProfile, energy: Energy) -> float:
+    """What the work itself takes, in the type that each kernel is executed in."""
     widest = max(energy.pj_per_mac.values(), default=0.0)
     total = 0.0
     for node in works:
-        precision: Precision = "int8" if "int8" in node.kind else "fp16" if "fp16" in node.kind else "fp32"
+        wanted: Precision = "int8" if "int8" in node.kind else "fp16" if "fp16" in node.kind else "fp32"
+        executed = profile.executed(wanted) if isinstance(profile, AnalyticProfile) else wanted
+        per_mac = widest if executed is None else energy.pj_per_mac.get(executed, widest)
         work = node.work
         moved = float(work.read_bytes) + float(work.written_bytes) + float(work.weight_bytes)
-        total += float(work.macs) * energy.pj_per_mac.get(precision, widest) + moved * energy.pj_per_byte
+        total += float(work.macs) * per_mac + moved * energy.pj_per_byte
     return total
+
+
+def _notes(works: Iterable[NodeWork], profile: HardwareProfile, peak: float, size: float) -> tuple[str, ...]:
+    notes = memory_notes(profile, peak, size)
+    floats = any("fp32" in node.kind and node.work.macs for node in works)
+    if isinstance(profile, AnalyticProfile) and profile.floats_as is not None and floats:
+        notes.append(stand_in_note(profile))
+    return tuple(notes)
 
 
 def _band(profile: HardwareProfile) -> float:

@@ -123,6 +123,7 @@ def unsourced_fields(profile: AnalyticProfile) -> list[str]:
         "host": profile.host is not None,
         "weights_gb_per_s": profile.weights_gb_per_s is not None,
         "bit_rule": profile.bit_rule != "none",
+        "floats_as": profile.floats_as is not None,
         "max_threads": profile.max_threads > 1,
         "thread_share": profile.max_threads > 1,
         "scale_compute": profile.scale_compute != 1.0,

@@ -133,6 +133,10 @@ def test_an_int8_only_device_refuses_or_uses_its_host() -> None:
     table = skeleton.price([CompressionPlan(), CompressionPlan(layers={"conv": INT8})])
     assert math.isinf(table.latency_ms[0])
     assert 0 < table.latency_ms[1] < 1
+    stand_in = toy(**{**only, "precisions": ("int8", "fp16"), "peak_gmacs": {"int8": 40, "fp16": 20}}, floats_as="fp16")
+    estimate = AnalyticCostModel(stand_in).lower(one_conv()).estimate(CompressionPlan())
+    assert estimate.per_kernel["conv"] * 1e3 == pytest.approx(2 + 64 * 12 * 36 / 10e9 * 1e6)
+    assert estimate.notes == ("layers in fp32 run in what stands in for it on toy: fp16",)
     host = {"peak_gmacs": 1.0, "gb_per_s": 1.0, "launch_us": 7.0, "link_gb_per_s": 0.5}
     estimate = AnalyticCostModel(toy(**only, host=host)).lower(one_conv()).estimate(CompressionPlan())
     moved = 4 * 64 * (4 + 12)
