@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from autocompress.plan import Estimate
     from autocompress.tasks.base import Task
 
-__all__ = ["load_front", "load_point", "predict", "profile", "report", "search", "verify"]
+__all__ = ["calibrate", "load_front", "load_point", "predict", "profile", "report", "search", "verify"]
 
 logger = logging.getLogger(__name__)
 

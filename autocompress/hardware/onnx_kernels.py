@@ -148,12 +148,18 @@ def execute(
     nodes = tuple(_match(model.graph, _events(events)))
     values = {name: array.shape for name, array in feed.items()}
     types = {given.name: given.type[len("tensor(") : -1] for given in session.get_inputs()}
+    weights = {i.name: tuple(i.dims) for graph in _graphs(model.graph) for i in graph.initializer}
     for executed in nodes:
+        read = executed.arguments["input_type_shape"]
+        # What a loop or a branch hands to the nodes in it is the output of none of them.
+        if read and executed.node.input[0] not in values and executed.node.input[0] not in weights:
+            kind, shape = next(iter(read[0].items()))
+            values[executed.node.input[0]], types[executed.node.input[0]] = tuple(shape), kind
         for name, kind, shape in executed.outputs:
             values[name], types[name] = shape, kind
     return ExecutedGraph(
         nodes=nodes,
-        weights={i.name: tuple(i.dims) for graph in _graphs(model.graph) for i in graph.initializer},
+        weights=weights,
         values=values,
         bytes={name: WIDTHS.get(kind, 4) * math.prod(values[name]) for name, kind in types.items()},
         types=types,

@@ -58,6 +58,44 @@ def test_a_batch_makes_the_work_larger(tmp_path: Path) -> None:
     assert cost(path, "peak_memory_bytes", batch=64) == 64 * cost(path, "peak_memory_bytes")
 
 
+def test_several_inputs_of_token_numbers(tmp_path: Path) -> None:
+    """Rows of a table of 30 chosen by number, masked, and multiplied: 10 tokens of 16 features to 8."""
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["h"]),
+        helper.make_node("Cast", ["mask"], ["m"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["m", "last"], ["u"]),
+        helper.make_node("Mul", ["h", "u"], ["masked"]),
+        helper.make_node("MatMul", ["masked", "w"], ["y"]),
+    ]
+    weights = {"table": normal(30, 16), "w": normal(16, 8), "last": np.array([2])}
+    inputs = {"ids": ("B", "S"), "mask": ("B", "S")}
+    path = save(tmp_path / "ids.onnx", nodes, inputs, ["y"], weights, given=TensorProto.INT64)
+    costs = predict_onnx(path, make_profile(), dims={"S": 10}).costs
+    assert costs["macs"].value == 10 * 16 * 8
+
+
+def test_what_a_loop_repeats_is_paid_each_time(tmp_path: Path) -> None:
+    rows = helper.make_tensor_value_info("s", TensorProto.FLOAT, [4, 16])
+    body = helper.make_graph(
+        [helper.make_node("MatMul", ["s", "w"], ["o"], "inside"), helper.make_node("Identity", ["c"], ["go"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("c", TensorProto.BOOL, []),
+            rows,
+        ],
+        [
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("o", TensorProto.FLOAT, [4, 16]),
+        ],
+    )
+    loop = helper.make_node("Loop", ["n", "", "x"], ["y"], "loop", body=body)
+    path = save(tmp_path / "l.onnx", [loop], {"x": [4, 16]}, ["y"], {"n": np.array(5), "w": normal(16, 16)})
+    estimate = predict_onnx(path, make_profile())
+    assert estimate.costs["macs"].value == 5 * 4 * 16 * 16
+    assert estimate.per_kernel["inside"] == pytest.approx(5e-3 * (1 + 8 * 4 * 16 * 16 * 1e-6))
+
+
 def test_size_is_that_of_every_file(tmp_path: Path) -> None:
     path = conv_net(tmp_path / "one.onnx")
     assert cost(path, "size_bytes") == path.stat().st_size
