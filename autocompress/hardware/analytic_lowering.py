@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from autocompress.hardware.kernels import FAMILIES, KINDS, Number, round_up
-from autocompress.hardware.lowering import ELEMENTWISE, VIEWS, Mask, Step
+from autocompress.hardware.kernels import FAMILIES, KINDS, VIEWS, Number, round_up
+from autocompress.hardware.lowering import ELEMENTWISE, Mask, Step
 from autocompress.hardware.profile import Precision
 from autocompress.hardware.roofline import WIDTH, Roofline, Variant, variant_of
 from autocompress.hardware.skeleton import Record

@@ -119,7 +119,7 @@ def op_class_of(kind: str) -> OpClass:
         return "depthwise"
     if kind.startswith(("conv", "pointwise")):
         return "conv"
-    return "gemm" if kind.startswith(("gemm", "matmul")) else "elementwise"
+    return "gemm" if kind.startswith(("gemm", "matmul", "attention")) else "elementwise"
 
 
 def refusal(profile: AnalyticProfile, layers: list[str], wanted: str) -> UsageError:
