@@ -47,6 +47,8 @@ _FOLLOWER_KINDS = {
     "Slice": ("concat_fp32", "concat_int8"), "Split": ("concat_fp32", "concat_int8"),
 }  # fmt: skip
 _LIFTED_OVER = frozenset({"Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+ELEMENTWISE = frozenset(op for op, kind in LIGHT.items() if kind in ("add_fp32", "elementwise_fp32"))
+POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool"})
 CHANNEL_STEP = 4
 """Input channels that are no multiple of this keep a float32 convolution out of the packed layout."""
 
