@@ -9,10 +9,10 @@ from autocompress.hardware.analytic_lowering import AnalyticLowering
 from autocompress.hardware.analytic_profile import AnalyticProfile
 from autocompress.hardware.calibration import Calibration
 from autocompress.hardware.footprint import ActivationMemory, multiply_accumulates, size_counts, stored_bytes
-from autocompress.hardware.kernels import KINDS, VIEWS, Work
-from autocompress.hardware.lowering import ELEMENTWISE, POOLS, quantized_tensors
+from autocompress.hardware.kernels import KINDS, LIGHT, VIEWS, Work
+from autocompress.hardware.lowering import quantized_tensors
 from autocompress.hardware.profile import HardwareProfile
-from autocompress.hardware.roofline import WIDTH, Roofline, Variant, op_class_of, refusal, variant_of
+from autocompress.hardware.roofline import WIDTH, Roofline, Variant, op_class_of, refusal, type_of, variant_of
 from autocompress.hardware.skeleton import PriceTable, Record, Skeleton, Terms
 from autocompress.methods.quantization import FOLLOWERS
 from autocompress.plan import CompressionPlan, Estimate, LayerPlan, ModelGraph
@@ -43,7 +43,7 @@ class AnalyticCostModel:
         if kind == "view":
             return 0.0
         op_class = op_class_of(kind)
-        wanted = "int8" if "int8" in kind or "dynamic" in kind else "fp16" if "fp16" in kind else "fp32"
+        wanted = type_of(kind)
         precision = self.profile.executed(wanted)
         moved = float(work.read_bytes) + float(work.written_bytes)
         macs = float(work.macs) or float(work.written_bytes) / WIDTH["int8" if wanted == "int8" else "fp32"]
@@ -96,7 +96,7 @@ class AnalyticSkeleton(Skeleton):
     """
 
     source = "analytic"
-    modelled = ELEMENTWISE | VIEWS | POOLS | FOLLOWERS | {"Conv", "Gemm", "MatMul"}
+    modelled = frozenset(LIGHT) | VIEWS | FOLLOWERS | {"Conv", "Gemm", "MatMul"}
     profile: AnalyticProfile
 
     def __init__(self, graph: ModelGraph, profile: AnalyticProfile) -> None:

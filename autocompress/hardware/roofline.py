@@ -122,6 +122,13 @@ def op_class_of(kind: str) -> OpClass:
     return "gemm" if kind.startswith(("gemm", "matmul", "attention")) else "elementwise"
 
 
+def type_of(kind: str) -> str:
+    """The type a kernel class computes in; weights of few bits are unpacked to int8 where the kernel is a fast one."""
+    if "int8" in kind or kind in ("matmul_nbits", "quantize_dynamic"):
+        return "int8"
+    return "fp16" if "fp16" in kind else "fp32"
+
+
 def refusal(profile: AnalyticProfile, layers: list[str], wanted: str) -> UsageError:
     """The error for layers that nothing on the device runs."""
     shown = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
