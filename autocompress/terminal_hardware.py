@@ -68,7 +68,7 @@ def _kernels(prediction: Prediction, top: int) -> Table:
     table = _plain_table(*headings, numbers=(1, 2))
     for name, milliseconds in ordered[:top]:
         share = f"{milliseconds / total:.1%}" if total else ""
-        row = [Text(name), format_ms(milliseconds), share, Text(kinds.get(name, ""), style="dim")]
+        row: list[RenderableType] = [Text(name), format_ms(milliseconds), share, Text(kinds.get(name, ""), style="dim")]
         table.add_row(*row[: len(headings)])
     rest = sum(milliseconds for _, milliseconds in ordered[top:])
     if rest:
