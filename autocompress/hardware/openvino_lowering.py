@@ -11,6 +11,10 @@ The rules below were read off the execution graphs of its compiled models:
 * What a float kernel writes for int8 readers is quantized once, by a kernel of its own.
 * An int8 convolution with a float summand rescales that first, and its float readers undo that, each by itself; a
   float convolution does not take in an int8 summand.
+* An elementwise operator of one tensor joins whatever computed it; behind an int8 product it joins the dequantizer.
+* Elementwise kernels quantize what they write, or write both.  A layer norm is a normalisation and such a kernel.
+* Attention (two products, the softmax between them, the scale, all transpositions
+  but the keys') is one kernel.
 """
 
 from __future__ import annotations
@@ -20,15 +24,25 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from autocompress.hardware.kernels import Number, aligned_int8, conv_work, gemm_work, move_work
-from autocompress.hardware.lowering import ELEMENTWISE, VIEWS, Emit, Mask, Step
+from autocompress.hardware.kernels import (
+    LIGHT,
+    VIEWS,
+    Number,
+    Work,
+    aligned_int8,
+    conv_work,
+    gemm_work,
+    light_work,
+    move_work,
+)  # fmt: skip
+from autocompress.hardware.lowering import Emit, Mask, Step
 from autocompress.methods.quantization import FOLLOWERS, MOVERS
 from autocompress.plan import Layer, ModelGraph, is_weight_layer
 
-_UNARY = frozenset({"Sigmoid", "LeakyRelu", "Relu", "Clip", "HardSwish", "HardSigmoid", "Tanh", "Gelu", "Erf", "Elu"})
-"""Taken in by the convolution or product before them, whatever they are."""
-
 _POSITIVE = frozenset({"Relu", "Clip", "Sigmoid", "HardSigmoid", "Softmax"})
+
+_JOINING = frozenset({"elementwise_fp32", "add_fp32", "curve_fp32", "batch_norm_fp32"})
+"""Classes of elementwise operators."""
 
 _POOLS = {"GlobalAveragePool": "global_pool", "AveragePool": "pool", "MaxPool": "pool"}
 
@@ -68,20 +82,29 @@ class OpenvinoLowering:
         self._results = {step.layer.name: step.result for step in self.steps}
         self._wants: dict[str, Mask] = {}
         self._dequantized: dict[tuple[str, bool], Mask] = {}
+        self._pending: dict[str, tuple[Mask, bool]] = {}
         self._from_zero = _never_negative(self.graph)
+        self._attention = find_attention(self.graph)
+        self._inside = {name for found in self._attention.values() for name in found.inside}
 
     def run(self) -> None:
         for tensor in self.graph.inputs:
             self._quantize(tensor, self.all)
         for step in self.steps:
             layer = step.layer
-            if step.folded or not layer.outputs:
+            if step.folded or not layer.outputs or layer.name in self._inside or step.fused == "gate":
                 continue
             if layer.op == "Conv" and step.weight:
                 self._convolution(step)
+            elif layer.name in self._attention:
+                self._attend(self._attention[layer.name])
             elif layer.op in ("Gemm", "MatMul"):
                 self._product(step)
-            elif layer.op == "Add" and not layer.weights:
+            elif layer.op == "LayerNormalization":
+                self._norm(step)
+            elif step.fused == "swish":
+                self._swish(step)
+            elif layer.op in ("Add", "Mul") and not layer.weights:
                 self._add(step)
             elif layer.op in _POOLS or layer.op == "Concat":
                 self._follower(step)
@@ -145,6 +168,7 @@ class OpenvinoLowering:
 
     def _read_float(self, tensor: str, mask: Mask, between: Mask | None = None) -> None:
         """A float kernel reads the tensor; ``between``: under which plans it is a layer whose result is int8 too."""
+        self._settle(tensor, mask)
         mask = mask & self._in_integers(tensor)
         inner = self.none if between is None else between
         for per_channel, wanted in ((True, mask & inner), (False, mask & ~inner)):
@@ -158,6 +182,21 @@ class OpenvinoLowering:
             if not per_channel and tensor in self.channels_last and tensor not in self._from_zero:
                 self.emit(tensor, "transpose_int8", move_work(elements, elements), new, True)
                 self.emit(tensor, "reorder_input", move_work(4 * elements, 4 * elements), new, True)
+
+    def _settle(self, tensor: str, mask: Mask) -> None:
+        """Elementwise operators behind an int8 product wait for a reader, which may take them in; this one does not."""
+        waiting, curve = self._pending.get(tensor, (self.none, False))
+        new = waiting & mask
+        if new.any():
+            elements = self._elements(tensor)
+            kind = "curve_fp32" if curve else "dequantize"
+            self.emit(tensor, kind, move_work(elements, 4 * elements), new, True)
+            self._pending[tensor] = (waiting & ~new, curve)
+
+    def _wrote_both(self, tensor: str, mask: Mask) -> None:
+        """An elementwise kernel wrote the tensor for int8 and float readers alike."""
+        for per_channel in (False, True):
+            self._dequantized[tensor, per_channel] = self._dequantized.get((tensor, per_channel), self.none) | mask
 
     def _make_channels_last(self, tensor: str) -> None:
         shape = self.dims[tensor]
@@ -293,13 +332,15 @@ class OpenvinoLowering:
         elements = self._elements(layer.outputs[0])
         read: Number = 0
         for tensor in layer.activations:
-            read = read + np.where(self._in_integers(tensor), 1, 4) * elements
+            waiting, _ = self._pending.get(tensor, (self.none, False))
+            read = read + np.where(self._in_integers(tensor) | waiting, 1, 4) * self._elements(tensor)
         # It quantizes what it writes by itself.
         integers = alone & self._is_held(step.result)
         written = np.where(integers, 1, 4) * elements
         self.emit(layer.name, "add_int8", move_work(read, written), alone & int8, True)
         self.emit(layer.name, "add_fp32", move_work(read, written), alone & ~int8, True)
         self.integers[step.result] = self._in_integers(step.result) | integers
+        self._wrote_both(step.result, integers)
 
     def _follower(self, step: Step) -> None:
         """Pooling and concatenation: int8 when all they read is int8."""
@@ -337,31 +378,144 @@ class OpenvinoLowering:
                 self._reorder(tensor, "reorder_output")
             elif tensor in self.channels_last:
                 self.channels_last.add(step.result)
+            self._settle(tensor, self.all)
             self._read_float(tensor, ~int8 & self._is_held(tensor) & ~self._is_held(step.result))
         self.integers[step.result] = self._in_integers(step.result) | int8
         self._quantize(step.result, ~int8)
+
+    def _attend(self, found: Attention) -> None:
+        query, key, value = (self._elements(t) for t in (found.query, found.key, found.value))
+        for tensor in (found.query, found.key, found.value):
+            self._read_float(tensor, self.all)
+        scores = self._elements(found.scores)
+        depth, width = self.dims[found.query][-1], self.dims[found.value][-1]
+        work = Work(
+            macs=scores * (depth + width), read_bytes=4 * (query + key + value), written_bytes=4 * self._elements(found.out)
+        )
+        self.emit(found.name, "attention_fp32", work, self.all, True)
+        self._quantize(found.out, self.all)
+
+    def _norm(self, step: Step) -> None:
+        layer, tensor = step.layer, step.result
+        self._read_float(layer.activations[0], self.all)
+        elements = self._elements(tensor)
+        self.emit(layer.name, "norm_fp32", move_work(4 * elements, 4 * elements), self.all, True)
+        held = self._is_held(tensor)
+        self.emit(layer.name, "elementwise_fp32", move_work(4 * elements, 4 * elements), ~held, True)
+        self._quantize(tensor, self.all)
+        self._wrote_both(tensor, held)
+
+    def _swish(self, step: Step) -> None:
+        """``x * sigmoid(x)``: inside a float product, a kernel of its own behind an int8 one."""
+        layer = step.layer
+        source = next(t for t in layer.activations if self.graph.producers[t].op != "Sigmoid")
+        maker = self.graph.producers.get(source)
+        elements = self._elements(source)
+        integers, held = self._in_integers(source), self._is_held(step.result)
+        if maker is None or not is_weight_layer(maker):
+            self.emit(layer.name, "curve_fp32", move_work(4 * elements, 4 * elements), ~integers, True)
+        self.emit(layer.name, "curve_int8", move_work(elements, elements), integers & held, True)
+        self.emit(layer.name, "curve_fp32", move_work(elements, 4 * elements), integers & ~held, True)
+        if source in self.channels_last:
+            self.channels_last.add(step.result)
+        self.integers[step.result] = integers & held
+        self._wrote_both(step.result, integers & held)
+        self._quantize(step.result, ~integers)
 
     def _other(self, step: Step) -> None:
         layer = step.layer
         maker = self.graph.producers.get(layer.activations[0]) if layer.activations else None
         if layer.activations and layer.activations[0] in self.channels_last:
             self.channels_last.add(step.result)
-        taken_in = (
-            layer.op in _UNARY
+        int8 = self._all_held(layer) if layer.op in FOLLOWERS else self.none
+        kind = "transpose_fp32" if layer.op == "Transpose" else LIGHT.get(layer.op, "other_fp32")
+        if kind == "batch_norm_fp32":
+            kind = "elementwise_fp32"
+        joins = (
+            kind in _JOINING
+            and len(layer.activations) == 1
             and maker is not None
-            and is_weight_layer(maker)
+            and (is_weight_layer(maker) or maker.op == "LayerNormalization" or LIGHT.get(maker.op) in _JOINING)
             and len(self.graph.consumers[layer.activations[0]]) == 1
         )
-        if not taken_in:
+        joined = self.none
+        if joins:
+            joined = self._join(layer.activations[0], step.result, kind, ~int8)
+        else:
             read: Number = 0
             for tensor in layer.activations:
-                self._read_float(tensor, self.all)
-                read = read + self._elements(tensor)
-            kind = "transpose_fp32" if layer.op == "Transpose" else "other_fp32"
-            if layer.op in ELEMENTWISE | _UNARY:
-                kind = "elementwise_fp32"
-            self.emit(layer.name, kind, move_work(4 * read, 4 * self._elements(layer.outputs[0])), self.all, True)
-        self._quantize(step.result, self.all)
+                self._read_float(tensor, ~int8)
+                read = read + 4 * self._elements(tensor)
+            written = 4 * self._elements(layer.outputs[0])
+            self.emit(layer.name, kind, light_work(kind, read, written), self.all, True)
+        self.integers[step.result] = self._in_integers(step.result) | int8
+        self._quantize(step.result, ~int8 & ~joined)
+
+    def _join(self, source: str, result: str, kind: str, mask: Mask) -> Mask:
+        """An elementwise operator behind integers joins their dequantizer, and the quantizer behind if there is one."""
+        waiting, curve = self._pending.pop(source, (self.none, False))
+        curve = curve or kind.startswith("curve")
+        joined = mask & (waiting | self._in_integers(source))
+        held = joined & self._is_held(result)
+        if held.any():
+            elements = self._elements(result)
+            self.emit(result, "curve_int8" if curve else "add_int8", move_work(elements, elements), held, True)
+            self.integers[result] = self._in_integers(result) | held
+            self._wrote_both(result, held)
+        self._pending[result] = (joined & ~held, curve)
+        return joined
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Layers that run as one kernel, under the name of the second product; tensors are those it reads and writes."""
+
+    name: str
+    query: str
+    key: str
+    value: str
+    scores: str
+    out: str
+    inside: tuple[str, ...]
+
+
+def find_attention(graph: ModelGraph) -> dict[str, Attention]:
+    """By the name of its second product, each attention of a graph."""
+    inside: list[str] = []
+
+    def joins(layer: Layer) -> bool:
+        order = layer.attributes.get("perm")
+        moves = layer.op == "Transpose" and isinstance(order, tuple) and order[-1] == len(order) - 1
+        return len(layer.activations) == 1 and (moves or LIGHT.get(layer.op) in _JOINING)
+
+    def back(tensor: str) -> str:
+        maker = graph.producers.get(tensor)
+        while maker is not None and joins(maker) and len(graph.consumers[tensor]) == 1:
+            inside.append(maker.name)
+            tensor = maker.activations[0]
+            maker = graph.producers.get(tensor)
+        return tensor
+
+    found = {}
+    for layer in graph.layers:
+        readers = graph.consumers.get(layer.outputs[0], ()) if layer.outputs else ()
+        if layer.op != "Softmax" or len(readers) != 1 or len(readers[0].activations) != 2:
+            continue
+        inside = [layer.name]
+        first, second = graph.producers.get(back(layer.activations[0])), readers[0]
+        if first is None or {first.op, second.op} != {"MatMul"} or len(first.activations) != 2:
+            continue
+        inside.append(first.name)
+        out = second.outputs[0]
+        behind = graph.consumers.get(out, ())
+        if len(behind) == 1 and out not in graph.outputs and behind[0].op == "Transpose":
+            inside.append(behind[0].name)
+            out = behind[0].outputs[0]
+        found[second.name] = Attention(
+            second.name, back(first.inputs[0]), first.inputs[1], back(second.inputs[1]), first.outputs[0], out,
+            tuple(inside),
+        )  # fmt: skip
+    return found
 
 
 def _never_negative(graph: ModelGraph) -> set[str]:
@@ -374,4 +528,4 @@ def _never_negative(graph: ModelGraph) -> set[str]:
     return found
 
 
-__all__ = ["OpenvinoLowering"]
+__all__ = ["Attention", "OpenvinoLowering", "find_attention"]
