@@ -29,7 +29,6 @@ from autocompress.hardware.kernels import (
     VIEWS,
     Number,
     Work,
-    aligned_int8,
     conv_work,
     gemm_work,
     light_work,
@@ -45,6 +44,19 @@ _JOINING = frozenset({"elementwise_fp32", "add_fp32", "curve_fp32", "batch_norm_
 """Classes of elementwise operators."""
 
 _POOLS = {"GlobalAveragePool": "global_pool", "AveragePool": "pool", "MaxPool": "pool"}
+
+
+def conv_kind(base: str, integer: bool, grouped: bool) -> str:
+    """The class of a convolution: all channel counts take the same kernels, so there is no slower path to tell apart."""
+    return "conv_plain_fp32" if grouped and not integer else f"{base}_int8" if integer else f"{base}_fp32"
+
+
+def brgemm_work(
+    kind: str, positions: Number, window: int, inputs: Number, outputs: Number, input_positions: Number, block: int
+) -> Work:
+    """``conv_work`` of kernels that pad output channels to whole vectors but take input channels as they come."""
+    counted = kind.replace("_fp32", "_few_fp32") if kind in ("conv_fp32", "pointwise_fp32") else kind
+    return conv_work(counted, positions, window, inputs, outputs, input_positions, block)
 
 
 @dataclass(frozen=True)
@@ -240,22 +252,15 @@ class OpenvinoLowering:
         def each(kind: str, mask: Mask) -> None:
             if not mask.any():
                 return
-            work = conv_work(kind, positions, window, inputs, outputs, input_positions, self.block)
+            work = brgemm_work(kind, positions, window, inputs, outputs, input_positions, self.block)
             read = work.read_bytes + extra
             if kind.endswith("int8"):
                 read = read + np.where(integers, 0, 3 * positions * outputs)
             self.emit(layer.name, kind, replace(work, read_bytes=read), mask, True)
 
         base = "depthwise" if depthwise else "pointwise" if window == 1 else "conv"
-        aligned = self._mask(aligned_int8(inputs, outputs, depthwise)) if depthwise or not grouped else self.none
-        each(f"{base}_int8", int8 & aligned)
-        each(f"{base}_plain_int8", int8 & ~aligned)
-        if grouped and not depthwise:
-            each("conv_plain_fp32", floating)
-        else:
-            few = self.none if depthwise else self._mask(inputs < self.block)
-            each(f"{base}_few_fp32", floating & few)
-            each(f"{base}_fp32", floating & ~few)
+        for integer, mask in ((True, int8), (False, floating)):
+            each(conv_kind(base, integer, grouped and not depthwise), mask)
         self.channels_last.add(step.result)
         self._quantize(step.result, floating & ~added)
         if result != step.result:

@@ -14,13 +14,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from autocompress.hardware.kernels import Work, aligned_int8, conv_work, gemm_work, move_work
+from autocompress.hardware.kernels import Work, gemm_work, move_work
+from autocompress.hardware.openvino_lowering import brgemm_work, conv_kind
 from autocompress.hardware.reading import TimedKernel
 from autocompress.runtime.openvino import INTEGERS, OpenvinoSession, RuntimeInput, RuntimeNode, matrix_weights
 
 _WARM_UP = 20
 _REPEAT = 8
-"""Runs for each call of ``run``: means cut to whole microseconds ask for many."""
+_ENOUGH_S = 0.003
+"""Runs for each call of ``run``, and after what time they are enough: means cut to whole microseconds ask for many."""
 
 _CUT_US = 0.5
 """What cutting to whole microseconds takes away on average."""
@@ -53,10 +55,14 @@ class OpenvinoProfile:
 
     def run(self) -> None:
         """A few runs in a row."""
+        spent = 0.0
         for _ in range(_REPEAT):
             begin = time.perf_counter()
             self._session.run(self._feed)
             self._walls.append(time.perf_counter() - begin)
+            spent += self._walls[-1]
+            if spent > _ENOUGH_S:
+                break
 
     def finish(self, block: int) -> list[TimedKernel]:
         """Ends profiling; times are means of the undisturbed runs."""
@@ -138,15 +144,9 @@ def _convolution(node: RuntimeNode, block: int, read: int, written: int) -> tupl
     depthwise = groups > 1 and shape[0] == shape[1] == 1
     outputs, inputs, window = groups * shape[0], shape[1], _count(shape[2:])
     base = "depthwise" if depthwise else "pointwise" if window == 1 else "conv"
-    if node.integer:
-        aligned = bool(aligned_int8(inputs, outputs, depthwise)) and (depthwise or groups == 1)
-        kind = f"{base}_int8" if aligned else f"{base}_plain_int8"
-    elif groups > 1 and not depthwise:
-        kind = "conv_plain_fp32"
-    else:
-        kind = f"{base}_few_fp32" if not depthwise and inputs < block else f"{base}_fp32"
+    kind = conv_kind(base, node.integer, groups > 1 and not depthwise)
     positions, input_positions = data[0] * _count(node.shape[2:]), data[0] * _count(data[2:])
-    work = conv_work(kind, positions, window, inputs, outputs, input_positions, block)
+    work = brgemm_work(kind, positions, window, inputs, outputs, input_positions, block)
     # A sum that runs inside reads its other operand too.  Integers written as float32 cost more bandwidth but no more
     # arithmetic, so the wider bytes count as bandwidth and not as results.
     extra = read - _WIDTHS.get(node.inputs[0].dtype, 4) * _count(data)
