@@ -210,6 +210,11 @@ def move_work(read_bytes: Number, written_bytes: Number) -> Work:
     return Work(read_bytes=read_bytes, written_bytes=written_bytes)
 
 
+def cost_size(work: Work) -> Number:
+    """One number for how much a kernel does: its multiply-accumulates, or else the bytes it moves."""
+    return work.macs + work.read_bytes + work.written_bytes
+
+
 def cold_megabytes(weight_bytes: Number, cache_mb: float) -> Number:
     """Megabytes of a model's weights that have left a cache of that size when they are needed again.
 

@@ -55,22 +55,32 @@ _SPECS: tuple[tuple[Builder, tuple[int, ...], tuple[int, int]], ...] = (
     (residual_net, (14, 20, 24, 32), (4, 32)),
     (residual_net, (28, 32), (16, 64)),
     (inverted_net, (96, 112), (8, 24)),
-    (residual_net, (96, 128), (16, 48)),
+    (residual_net, (96, 128, 224), (16, 48)),
     (residual_net, (24, 40), (80, 160)),
     (inverted_net, (24, 40), (48, 128)),
+    (inverted_net, (160, 224), (8, 24)),
     (odd_net, (14, 20, 28), (18, 48)),
+    (odd_net, (56, 80), (18, 48)),
     (token_net, (16, 48), (48, 128)),
+    (token_net, (1, 4), (256, 768)),
+    (encoder_net, (16, 32, 64), (64, 128)),
+    (encoder_net, (96, 128, 196), (128, 384)),
 )
-"""Family, image sizes, range of the first width: small images and narrow layers most of all, with some of every kind
-up to those of large networks, where weights no longer fit the caches."""
+"""Family, image sizes or tokens, range of the first width: small images and narrow layers most of all, with some of
+every kind up to those of large networks, where weights no longer fit the caches."""
 
 _HEAVY = ((512, 1, "fp32"), (512, 2, "fp32"), (512, 4, "fp32"), (512, 2, "int8"), (512, 5, "int8"))
 """Channels, depth and format of the models that show what weights beyond the caches cost."""
 
+_WEIGHT_ONLY = (("dynamic", 16), ("dynamic", 1), ("8", 16), ("4", 16), ("4", 1), ("2", 4), ("slow", 4))
+"""What the weights of a network of matrix products are held in, and its tokens."""
+
 _STYLES = ("fp32", "int8", "mixed", "runs")
-_MODELS = 44
-_ROUNDS = 8
-_RUNS = 6
+_ROUNDS_OF_CANDIDATES = 2
+_MODELS = 52
+_TURNS = 3
+_TURN_S = 0.02
+_RUNS = 5
 _SECONDS_EACH = 0.12
 _SEED = 20
 
