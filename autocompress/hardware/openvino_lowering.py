@@ -19,35 +19,22 @@ The rules below were read off the execution graphs of its compiled models:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from autocompress.hardware.kernels import (
-    LIGHT,
-    VIEWS,
-    Number,
-    Work,
-    conv_work,
-    gemm_work,
-    light_work,
-    move_work,
-)  # fmt: skip
-from autocompress.hardware.lowering import Emit, Mask, Step
-from autocompress.methods.quantization import FOLLOWERS, MOVERS
-from autocompress.plan import Layer, ModelGraph, is_weight_layer
-
-_POSITIVE = frozenset({"Relu", "Clip", "Sigmoid", "HardSigmoid", "Softmax"})
-
-_JOINING = frozenset({"elementwise_fp32", "add_fp32", "curve_fp32", "batch_norm_fp32"})
-"""Classes of elementwise operators."""
+from autocompress.hardware.kernels import LIGHT, VIEWS, Number, Work, conv_work, gemm_work, light_work, move_work
+from autocompress.hardware.lowering import Mask, Step
+from autocompress.hardware.openvino_patterns import JOINING, Attention, find_attention
+from autocompress.hardware.openvino_tensors import OpenvinoTensors
+from autocompress.methods.quantization import FOLLOWERS
+from autocompress.plan import Layer, is_weight_layer
 
 _POOLS = {"GlobalAveragePool": "global_pool", "AveragePool": "pool", "MaxPool": "pool"}
 
 
 def conv_kind(base: str, integer: bool, grouped: bool) -> str:
-    """The class of a convolution: all channel counts take the same kernels, so there is no slower path to tell apart."""
+    """The class of a convolution; all channel counts take the same kernels, so no slower path is told apart."""
     return "conv_plain_fp32" if grouped and not integer else f"{base}_int8" if integer else f"{base}_fp32"
 
 
@@ -70,32 +57,14 @@ class _Sum:
 
 
 @dataclass
-class OpenvinoLowering:
-    """One pass over a graph for a batch of plans; ``run`` emits every kernel.  Arguments are those of ``Lowering``."""
+class OpenvinoLowering(OpenvinoTensors):
+    """One pass over a graph for a batch of plans; ``run`` emits every kernel."""
 
-    graph: ModelGraph
-    steps: tuple[Step, ...]
-    dims: Mapping[str, tuple[Number, ...]]
-    int8: Mapping[str, Mask]
-    held: Mapping[str, Mask]
-    count: int
-    block: int
-    batch: int
-    emit: Emit
-    integers: dict[str, Mask] = field(default_factory=dict)
-    """Under which plans a tensor lies in memory as integers."""
-    channels_last: set[str] = field(default_factory=set)
     summed: dict[str, Mask] = field(default_factory=dict)
     """Under which plans an addition runs inside a convolution."""
 
     def __post_init__(self) -> None:
-        self.none = np.zeros(self.count, dtype=bool)
-        self.all = ~self.none
-        self._results = {step.layer.name: step.result for step in self.steps}
-        self._wants: dict[str, Mask] = {}
-        self._dequantized: dict[tuple[str, bool], Mask] = {}
-        self._pending: dict[str, tuple[Mask, bool]] = {}
-        self._from_zero = _never_negative(self.graph)
+        super().__post_init__()
         self._attention = find_attention(self.graph)
         self._inside = {name for found in self._attention.values() for name in found.inside}
 
@@ -124,108 +93,6 @@ class OpenvinoLowering:
                 self._view(step)
             else:
                 self._other(step)
-
-    # ---------------------------------------------------------------------------------------------- tensors
-
-    def _elements(self, tensor: str) -> Number:
-        count: Number = self.batch
-        for size in self.dims[tensor]:
-            count = count * size
-        return count
-
-    def _mask(self, condition: Number) -> Mask:
-        return condition if isinstance(condition, np.ndarray) else (self.all if condition else self.none)
-
-    def _is_held(self, tensor: str) -> Mask:
-        return self.held.get(tensor, self.none)
-
-    def _in_integers(self, tensor: str) -> Mask:
-        return self.integers.get(tensor, self.none)
-
-    def _all_held(self, layer: Layer) -> Mask:
-        """Whether an operator without weights computes in integers."""
-        mask = self._is_held(self._results[layer.name])
-        for tensor in layer.activations:
-            mask = mask & self._is_held(tensor)
-        return mask
-
-    def _integer_readers(self, tensor: str) -> Mask:
-        """Under which plans an int8 kernel reads the tensor."""
-        if tensor not in self._wants:
-            mask = self.none
-            for layer in self.graph.consumers.get(tensor, ()):
-                if is_weight_layer(layer):
-                    mask = mask | self.int8.get(layer.name, self.none)
-                elif layer.op in FOLLOWERS and layer.name in self._results:
-                    mask = mask | self._all_held(layer)
-            self._wants[tensor] = mask
-        return self._wants[tensor]
-
-    def _quantize(self, tensor: str, computed_float: Mask) -> None:
-        """The tensor was computed in float32: where the plan holds it in int8, a kernel makes integers of it."""
-        mask = self._is_held(tensor) & computed_float
-        if mask.any():
-            elements = self._elements(tensor)
-            self.emit(tensor, "quantize", move_work(4 * elements, elements), mask, True)
-            self.integers[tensor] = self._in_integers(tensor) | mask
-
-    def _written_int8(self, tensor: str, computed_int8: Mask) -> Mask:
-        """An int8 kernel computed the tensor: under which plans it writes integers."""
-        mask = computed_int8 & self._is_held(tensor)
-        adds = any(layer.op == "Add" for layer in self.graph.consumers.get(tensor, ()))
-        if tensor in self._from_zero and not adds:
-            mask = mask & self._integer_readers(tensor)
-        self.integers[tensor] = self._in_integers(tensor) | mask
-        return mask
-
-    def _read_float(self, tensor: str, mask: Mask, between: Mask | None = None) -> None:
-        """A float kernel reads the tensor; ``between``: under which plans it is a layer whose result is int8 too."""
-        self._settle(tensor, mask)
-        mask = mask & self._in_integers(tensor)
-        inner = self.none if between is None else between
-        for per_channel, wanted in ((True, mask & inner), (False, mask & ~inner)):
-            known = self._dequantized.get((tensor, per_channel), self.none)
-            new = wanted & ~known
-            self._dequantized[tensor, per_channel] = known | new
-            if not new.any():
-                continue
-            elements = self._elements(tensor)
-            self.emit(tensor, "dequantize", move_work(elements, 4 * elements), new, True)
-            if not per_channel and tensor in self.channels_last and tensor not in self._from_zero:
-                self.emit(tensor, "transpose_int8", move_work(elements, elements), new, True)
-                self.emit(tensor, "reorder_input", move_work(4 * elements, 4 * elements), new, True)
-
-    def _settle(self, tensor: str, mask: Mask) -> None:
-        """Elementwise operators behind an int8 product wait for a reader, which may take them in; this one does not."""
-        waiting, curve = self._pending.get(tensor, (self.none, False))
-        new = waiting & mask
-        if new.any():
-            elements = self._elements(tensor)
-            kind = "curve_fp32" if curve else "dequantize"
-            self.emit(tensor, kind, move_work(elements, 4 * elements), new, True)
-            self._pending[tensor] = (waiting & ~new, curve)
-
-    def _wrote_both(self, tensor: str, mask: Mask) -> None:
-        """An elementwise kernel wrote the tensor for int8 and float readers alike."""
-        for per_channel in (False, True):
-            self._dequantized[tensor, per_channel] = self._dequantized.get((tensor, per_channel), self.none) | mask
-
-    def _make_channels_last(self, tensor: str) -> None:
-        shape = self.dims[tensor]
-        if tensor in self.channels_last or len(shape) < 2:
-            return
-        self.channels_last.add(tensor)
-        if not isinstance(shape[0], np.ndarray) and shape[0] == 1:
-            return  # one channel: the same memory either way
-        self._reorder(tensor, "reorder_input")
-
-    def _reorder(self, tensor: str, kind: str) -> None:
-        elements = self._elements(tensor)
-        integers = self._in_integers(tensor)
-        self.emit(tensor, "transpose_int8", move_work(elements, elements), integers, True)
-        self.emit(tensor, kind, move_work(4 * elements, 4 * elements), ~integers, True)
-
-    # ---------------------------------------------------------------------------------------------- kernels
 
     def _convolution(self, step: Step) -> None:
         layer = step.layer
@@ -395,7 +262,9 @@ class OpenvinoLowering:
         scores = self._elements(found.scores)
         depth, width = self.dims[found.query][-1], self.dims[found.value][-1]
         work = Work(
-            macs=scores * (depth + width), read_bytes=4 * (query + key + value), written_bytes=4 * self._elements(found.out)
+            macs=scores * (depth + width),
+            read_bytes=4 * (query + key + value),
+            written_bytes=4 * self._elements(found.out),
         )
         self.emit(found.name, "attention_fp32", work, self.all, True)
         self._quantize(found.out, self.all)
@@ -437,10 +306,10 @@ class OpenvinoLowering:
         if kind == "batch_norm_fp32":
             kind = "elementwise_fp32"
         joins = (
-            kind in _JOINING
+            kind in JOINING
             and len(layer.activations) == 1
             and maker is not None
-            and (is_weight_layer(maker) or maker.op == "LayerNormalization" or LIGHT.get(maker.op) in _JOINING)
+            and (is_weight_layer(maker) or maker.op == "LayerNormalization" or LIGHT.get(maker.op) in JOINING)
             and len(self.graph.consumers[layer.activations[0]]) == 1
         )
         joined = self.none
@@ -455,82 +324,3 @@ class OpenvinoLowering:
             self.emit(layer.name, kind, light_work(kind, read, written), self.all, True)
         self.integers[step.result] = self._in_integers(step.result) | int8
         self._quantize(step.result, ~int8 & ~joined)
-
-    def _join(self, source: str, result: str, kind: str, mask: Mask) -> Mask:
-        """An elementwise operator behind integers joins their dequantizer, and the quantizer behind if there is one."""
-        waiting, curve = self._pending.pop(source, (self.none, False))
-        curve = curve or kind.startswith("curve")
-        joined = mask & (waiting | self._in_integers(source))
-        held = joined & self._is_held(result)
-        if held.any():
-            elements = self._elements(result)
-            self.emit(result, "curve_int8" if curve else "add_int8", move_work(elements, elements), held, True)
-            self.integers[result] = self._in_integers(result) | held
-            self._wrote_both(result, held)
-        self._pending[result] = (joined & ~held, curve)
-        return joined
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Layers that run as one kernel, under the name of the second product; tensors are those it reads and writes."""
-
-    name: str
-    query: str
-    key: str
-    value: str
-    scores: str
-    out: str
-    inside: tuple[str, ...]
-
-
-def find_attention(graph: ModelGraph) -> dict[str, Attention]:
-    """By the name of its second product, each attention of a graph."""
-    inside: list[str] = []
-
-    def joins(layer: Layer) -> bool:
-        order = layer.attributes.get("perm")
-        moves = layer.op == "Transpose" and isinstance(order, tuple) and order[-1] == len(order) - 1
-        return len(layer.activations) == 1 and (moves or LIGHT.get(layer.op) in _JOINING)
-
-    def back(tensor: str) -> str:
-        maker = graph.producers.get(tensor)
-        while maker is not None and joins(maker) and len(graph.consumers[tensor]) == 1:
-            inside.append(maker.name)
-            tensor = maker.activations[0]
-            maker = graph.producers.get(tensor)
-        return tensor
-
-    found = {}
-    for layer in graph.layers:
-        readers = graph.consumers.get(layer.outputs[0], ()) if layer.outputs else ()
-        if layer.op != "Softmax" or len(readers) != 1 or len(readers[0].activations) != 2:
-            continue
-        inside = [layer.name]
-        first, second = graph.producers.get(back(layer.activations[0])), readers[0]
-        if first is None or {first.op, second.op} != {"MatMul"} or len(first.activations) != 2:
-            continue
-        inside.append(first.name)
-        out = second.outputs[0]
-        behind = graph.consumers.get(out, ())
-        if len(behind) == 1 and out not in graph.outputs and behind[0].op == "Transpose":
-            inside.append(behind[0].name)
-            out = behind[0].outputs[0]
-        found[second.name] = Attention(
-            second.name, back(first.inputs[0]), first.inputs[1], back(second.inputs[1]), first.outputs[0], out,
-            tuple(inside),
-        )  # fmt: skip
-    return found
-
-
-def _never_negative(graph: ModelGraph) -> set[str]:
-    """Tensors whose values start at 0, so that their integers have no zero point."""
-    found: set[str] = set()
-    for layer in graph.layers:
-        keeps = layer.op in MOVERS or layer.op in ("AveragePool", "GlobalAveragePool", "Concat")
-        if layer.op in _POSITIVE or (layer.activations and keeps and all(t in found for t in layer.activations)):
-            found.update(layer.outputs)
-    return found
-
-
-__all__ = ["Attention", "OpenvinoLowering", "find_attention"]

@@ -267,9 +267,9 @@ def _kind(node: RuntimeNode) -> Kind:
     weights = _has_weights(node) or bool(matrix_weights(node))
     if node.op in _FREE:
         return "other"
-    if node.op in _CONVERSIONS or (node.precision in INTEGERS) != (node.written in INTEGERS):
-        if not weights:
-            return "convert"
+    converts = node.op in _CONVERSIONS or (node.precision in INTEGERS) != (node.written in INTEGERS)
+    if converts and not weights:
+        return "convert"
     if node.integer and (weights or node.precision in INTEGERS):
         return "int8"
     return "fp32"
