@@ -20,7 +20,7 @@ from autocompress.runtime.base import DEFAULT_RUNTIME
 def anchor_plans(graph: ModelGraph, seed: int = 0, count: int = 10) -> list[CompressionPlan]:
     """Plans that cover the kernels a search of this model meets: both types, wide and narrow, alone and mixed.
 
-    Every group keeps a multiple of its ``align``.
+    Every group keeps a count on the grid of ``on_grid``.
 
     Args:
         graph: the model.
@@ -49,7 +49,7 @@ def anchor_plans(graph: ModelGraph, seed: int = 0, count: int = 10) -> list[Comp
                 current = not current
             if current:
                 layers[name] = INT8
-        made.append(_plan(graph, {g.id: _keep(g, float(rng.uniform(0.25, 1.0))) for g in graph.groups}, layers))
+        made.append(_plan(graph, {g.id: on_grid(g, float(rng.uniform(0.25, 1.0))) for g in graph.groups}, layers))
     unique = {plan.structure_digest: plan for plan in made}
     return list(unique.values())[:count]
 
@@ -60,12 +60,15 @@ def _plan(graph: ModelGraph, keeps: Mapping[str, int], layers: Mapping[str, Laye
 
 
 def _uniform(graph: ModelGraph, share: float) -> dict[str, int]:
-    return {group.id: _keep(group, share) for group in graph.groups}
+    return {group.id: on_grid(group, share) for group in graph.groups}
 
 
-def _keep(group: Group, share: float) -> int:
-    """The multiple of the group's alignment nearest to a share of it, at least one and at most all of it."""
-    step = max(1, group.align)
+def on_grid(group: Group, share: float) -> int:
+    """The count nearest to a share of a group that a search offers: a multiple of 8, or of 4 in small groups.
+
+    Runtimes waste time off that grid; a group's own alignment is kept too.
+    """
+    step = max(group.align, 8 if group.size > 32 else 4)
     return min(group.size, max(min(step, group.size), round(share * group.size / step) * step))
 
 

@@ -3,12 +3,13 @@
 A kernel is one node of the runtime's optimized graph.  Its class is the operator, its kind and the type it computes
 in (``conv_int8``).  ``_plain`` marks the slower path for channel counts off the runtime's alignment grid, ``_few`` a
 float32 convolution with fewer input channels than the runtime packs together.  ``attention`` is a product of two
-activations, ``curve`` an activation function that needs more than a comparison (Sigmoid, Gelu, Erf).
+activations, ``curve`` an activation function that needs more than a comparison, ``gelu`` one that needs an error
+function.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,10 @@ _FAMILY_KINDS = {
         "matmul_nbits_slow",
     ),
     "light": (
-        "add_fp32", "elementwise_fp32", "curve_fp32", "softmax_fp32", "norm_fp32", "pool_fp32", "global_pool_fp32",
-        "concat_fp32", "other_fp32", "view",
-        "batch_norm_fp32", "pool_plain_fp32", "add_int8", "mul_int8", "curve_int8", "pool_int8",
-        "pool_plain_int8", "global_pool_int8", "concat_int8",
+        "add_fp32", "elementwise_fp32", "curve_fp32", "gelu_fp32", "softmax_fp32", "norm_fp32", "pool_fp32",
+        "pool_plain_fp32", "global_pool_fp32", "batch_norm_fp32", "concat_fp32", "other_fp32", "view",
+        "add_int8", "mul_int8", "curve_int8", "pool_int8", "pool_plain_int8", "average_pool_int8", "global_pool_int8",
+        "concat_int8",
     ),
     "boundary": (
         "quantize", "quantize_dynamic", "dequantize", "cast", "reorder_input", "reorder_output", "transpose_int8",
@@ -62,21 +63,21 @@ FAMILIES = (*_FAMILY_KINDS, MEMORY)
 
 SUBSTITUTES = {
     "conv_plain_fp32": "conv_fp32", "conv_few_fp32": "conv_fp32", "pointwise_few_fp32": "pointwise_fp32",
-    "pointwise_fp32": "conv_fp32",
-    "depthwise_plain_fp32": "depthwise_fp32", "matmul_fp32": "gemm_fp32", "matmul_int8": "gemm_int8",
-    "conv_plain_int8": "conv_int8", "pointwise_plain_int8": "pointwise_int8", "pointwise_int8": "conv_int8",
-    "depthwise_plain_int8": "depthwise_int8", "other_fp32": "elementwise_fp32", "concat_fp32": "elementwise_fp32",
-    "concat_int8": "add_int8", "pool_int8": "add_int8", "pool_plain_int8": "pool_int8",
-    "transpose_fp32": "reorder_output", "attention_fp32": "matmul_fp32", "matmul_dynamic_int8": "matmul_int8",
-    "matmul_nbits": "matmul_dynamic_int8", "softmax_fp32": "curve_fp32", "norm_fp32": "softmax_fp32",
+    "pointwise_fp32": "conv_fp32", "depthwise_plain_fp32": "depthwise_fp32", "matmul_fp32": "gemm_fp32",
+    "matmul_int8": "gemm_int8", "conv_plain_int8": "conv_int8", "pointwise_plain_int8": "pointwise_int8",
+    "pointwise_int8": "conv_int8", "depthwise_plain_int8": "depthwise_int8", "other_fp32": "elementwise_fp32",
+    "concat_fp32": "elementwise_fp32", "concat_int8": "add_int8", "pool_int8": "add_int8",
+    "pool_plain_int8": "pool_int8", "transpose_fp32": "reorder_output", "attention_fp32": "matmul_fp32",
+    "matmul_dynamic_int8": "matmul_int8", "matmul_nbits": "matmul_dynamic_int8", "softmax_fp32": "curve_fp32",
+    "norm_fp32": "softmax_fp32", "gelu_fp32": "curve_fp32", "average_pool_int8": "pool_int8",
     "curve_fp32": "elementwise_fp32", "curve_int8": "mul_int8", "mul_int8": "add_int8", "batch_norm_fp32": "norm_fp32",
-    "pool_plain_fp32": "pool_fp32", "cast": "dequantize",
-    "matmul_nbits_slow": "matmul_nbits", "quantize_dynamic": "quantize",
-    "pool_fp32": "elementwise_fp32", "global_pool_fp32": "elementwise_fp32", "add_fp32": "elementwise_fp32",
-    "global_pool_int8": "add_int8", "add_int8": "elementwise_fp32", "view": "elementwise_fp32",
-    "gemm_fp32": "conv_fp32", "gemm_int8": "conv_int8", "depthwise_fp32": "conv_fp32", "depthwise_int8": "conv_int8",
-    "conv_int8": "conv_fp32", "quantize": "elementwise_fp32", "dequantize": "elementwise_fp32",
-    "reorder_input": "elementwise_fp32", "reorder_output": "elementwise_fp32", "transpose_int8": "elementwise_fp32",
+    "pool_plain_fp32": "pool_fp32", "cast": "dequantize", "matmul_nbits_slow": "matmul_nbits",
+    "quantize_dynamic": "quantize", "pool_fp32": "elementwise_fp32", "global_pool_fp32": "elementwise_fp32",
+    "add_fp32": "elementwise_fp32", "global_pool_int8": "add_int8", "add_int8": "elementwise_fp32",
+    "view": "elementwise_fp32", "gemm_fp32": "conv_fp32", "gemm_int8": "conv_int8", "depthwise_fp32": "conv_fp32",
+    "depthwise_int8": "conv_int8", "conv_int8": "conv_fp32", "quantize": "elementwise_fp32",
+    "dequantize": "elementwise_fp32", "reorder_input": "elementwise_fp32", "reorder_output": "elementwise_fp32",
+    "transpose_int8": "elementwise_fp32",
 }  # fmt: skip
 """The class whose coefficients stand in for one that was never measured; the estimate names it as unmodelled."""
 
@@ -92,6 +93,11 @@ class Work:
     read_bytes: Number = 0
     written_bytes: Number = 0
     weight_bytes: Number = 0
+
+    def at(self, index: int) -> Work:
+        """The work under one plan."""
+        values = (np.atleast_1d(getattr(self, field.name)) for field in fields(self))
+        return Work(*(float(value[index if len(value) > 1 else 0]) for value in values))
 
     def features(self) -> tuple[Number, ...]:
         """In the order of ``FEATURES``."""
@@ -123,9 +129,14 @@ def conv_work(
     width = 1 if int8 else 4
     if kind.startswith("depthwise"):
         channels = outputs if "plain" in kind else round_up(outputs, OUT_STEP if int8 else block)
-        work = positions * window * channels
+        # What half an int8 vector does not hold is computed one channel after the other.
+        left = outputs % (OUT_STEP // 2) if int8 else 0 * outputs
+        windows = positions * window
         bytes_in, bytes_out = width * channels * input_positions, width * channels * positions
-        return Work(work, work, positions, positions * window, bytes_in, bytes_out, width * window * channels)
+        return Work(
+            windows * channels, windows * left, positions, windows, bytes_in, bytes_out,
+            width * window * channels,
+        )  # fmt: skip
     if int8:
         ins, outs = round_up(inputs, INT8_IN_STEP), round_up(outputs, OUT_STEP)
     elif "few" in kind:
@@ -175,10 +186,10 @@ def pool_work(kind: str, read: Number, written: Number, window: int) -> Work:
 
 
 LIGHT = {
-    "Sigmoid": "curve_fp32", "Tanh": "curve_fp32", "Erf": "curve_fp32", "Exp": "curve_fp32", "Log": "curve_fp32",
-    "Sqrt": "curve_fp32", "Pow": "curve_fp32", "Gelu": "curve_fp32", "BiasGelu": "curve_fp32",
-    "FastGelu": "curve_fp32", "QuickGelu": "curve_fp32", "HardSwish": "curve_fp32", "HardSigmoid": "curve_fp32",
-    "Elu": "curve_fp32", "Selu": "curve_fp32", "Softplus": "curve_fp32", "Mish": "curve_fp32", "Swish": "curve_fp32",
+    "Sigmoid": "curve_fp32", "Tanh": "gelu_fp32", "Erf": "gelu_fp32", "Exp": "curve_fp32", "Log": "curve_fp32",
+    "Sqrt": "curve_fp32", "Pow": "curve_fp32", "Gelu": "gelu_fp32", "BiasGelu": "gelu_fp32",
+    "FastGelu": "gelu_fp32", "QuickGelu": "curve_fp32", "HardSwish": "curve_fp32", "HardSigmoid": "curve_fp32",
+    "Elu": "curve_fp32", "Selu": "curve_fp32", "Softplus": "curve_fp32", "Mish": "gelu_fp32", "Swish": "curve_fp32",
     "Softmax": "softmax_fp32", "LogSoftmax": "softmax_fp32", "LayerNormalization": "norm_fp32",
     "SimplifiedLayerNormalization": "norm_fp32", "RMSNormalization": "norm_fp32",
     "SkipLayerNormalization": "norm_fp32", "InstanceNormalization": "norm_fp32", "GroupNormalization": "norm_fp32",

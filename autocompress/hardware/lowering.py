@@ -520,8 +520,11 @@ class Lowering:
         sizes = layer.attributes.get("kernel_shape")
         window = int(np.prod(sizes)) if isinstance(sizes, tuple) else 1
         read, written = self._elements(layer.inputs[0]), self._elements(layer.outputs[0])
+        average = layer.op == "AveragePool"
         for kind, mask in (
-            ("pool_int8", int8 & last), ("pool_plain_int8", int8 & ~last),
+            ("average_pool_int8", int8 if average else self.none),
+            ("pool_int8", self.none if average else int8 & last),
+            ("pool_plain_int8", self.none if average else int8 & ~last),
             ("pool_fp32", ~int8 & packed), ("pool_plain_fp32", ~int8 & ~packed),
         ):  # fmt: skip
             self.emit(layer.name, kind, pool_work(kind, read, written, window), mask, True)

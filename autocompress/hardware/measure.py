@@ -7,8 +7,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,18 +26,8 @@ from autocompress.hardware.profile import (
 )
 from autocompress.hardware.profilers import noise_of, profiled
 from autocompress.hardware.reading import TimedKernel, packed_block
-from autocompress.hardware.synthetic import (
-    GraphMaker,
-    heavy_net,
-    inverted_net,
-    odd_net,
-    plain_net,
-    random_formats,
-    random_model,
-    residual_net,
-    token_net,
-)  # fmt: skip
-from autocompress.plan import ModelGraph
+from autocompress.hardware.samples import Sample, choose_samples
+from autocompress.hardware.synthetic import GraphMaker, random_model
 from autocompress.progress import Progress, SilentProgress
 from autocompress.runtime.base import DEFAULT_RUNTIME, load_runtime
 from autocompress.runtime.kernels import optimized_graph
@@ -46,50 +35,13 @@ from autocompress.runtime.timing import LatencyStats, measure_latency
 
 logger = logging.getLogger(__name__)
 
-Builder = Callable[..., ModelGraph]
-
-_SPECS: tuple[tuple[Builder, tuple[int, ...], tuple[int, int]], ...] = (
-    (residual_net, (28, 32), (8, 48)),
-    (inverted_net, (28, 32), (8, 24)),
-    (plain_net, (28, 32), (4, 64)),
-    (residual_net, (14, 20, 24, 32), (4, 32)),
-    (residual_net, (28, 32), (16, 64)),
-    (inverted_net, (96, 112), (8, 24)),
-    (residual_net, (96, 128, 224), (16, 48)),
-    (residual_net, (24, 40), (80, 160)),
-    (inverted_net, (24, 40), (48, 128)),
-    (inverted_net, (160, 224), (8, 24)),
-    (odd_net, (14, 20, 28), (18, 48)),
-    (odd_net, (56, 80), (18, 48)),
-    (token_net, (16, 48), (48, 128)),
-    (token_net, (1, 4), (256, 768)),
-    (encoder_net, (16, 32, 64), (64, 128)),
-    (encoder_net, (96, 128, 196), (128, 384)),
-)
-"""Family, image sizes or tokens, range of the first width: small images and narrow layers most of all, with some of
-every kind up to those of large networks, where weights no longer fit the caches."""
-
-_HEAVY = ((512, 1, "fp32"), (512, 2, "fp32"), (512, 4, "fp32"), (512, 2, "int8"), (512, 5, "int8"))
-"""Channels, depth and format of the models that show what weights beyond the caches cost."""
-
-_WEIGHT_ONLY = (("dynamic", 16), ("dynamic", 1), ("8", 16), ("4", 16), ("4", 1), ("2", 4), ("slow", 4))
-"""What the weights of a network of matrix products are held in, and its tokens."""
-
-_STYLES = ("fp32", "int8", "mixed", "runs")
-_ROUNDS_OF_CANDIDATES = 2
 _MODELS = 52
 _TURNS = 3
 _TURN_S = 0.02
-_RUNS = 5
+_LEAST_RUNS = 4
 _SECONDS_EACH = 0.12
+_REPEATED = 10
 _SEED = 20
-
-
-@dataclass(frozen=True)
-class _Sample:
-    graph: ModelGraph
-    model: bytes
-    input_shape: tuple[int, ...]
 
 
 def local_profile(
@@ -145,8 +97,9 @@ def measure_profile(
     progress = progress or SilentProgress()
     begin = time.perf_counter()
     rng = np.random.default_rng(_SEED)
-    samples = _samples(models, rng)
     block = _detect_block(rng, threads, runtime)
+    progress.stage("choose models", None)
+    samples = choose_samples(models, rng, block, weight_only=runtime == DEFAULT_RUNTIME)
     measured = _profile_kernels(samples, threads, batch, block, rng, progress, runtime)
     latencies, again = _time_whole(samples, threads, batch, progress, runtime)
     results = [
@@ -159,6 +112,7 @@ def measure_profile(
     repeat = [abs(b.median_ms / a.median_ms - 1.0) for a, b in zip(latencies, again, strict=False)]
     channels = [tensor.shape[0] for s in samples for tensor in s.graph.tensors.values() if len(tensor.shape) == 3]
     sizes = [s.input_shape[-1] for s in samples if len(s.input_shape) == 3]
+    floor = round(float(np.median(repeat)), 4)
     latency = [stats.median_ms for stats in latencies]
     return FittedProfile(
         name=LOCAL,
@@ -169,8 +123,8 @@ def measure_profile(
         nchwc_block=block,
         kernels=fit.kernels,
         end_to_end=fit.end_to_end,
-        holdout=hold_out(results, fit.end_to_end.cache_mb, noise=noise),
-        repeat_floor=round(float(np.median(repeat)), 4),
+        holdout=hold_out(results, fit.end_to_end.cache_mb, noise=noise).model_copy(update={"repeat_floor": floor}),
+        repeat_floor=floor,
         validity=Validity(
             latency_ms=(round(min(latency), 4), round(max(latency), 4)),
             channels=(min(channels), max(channels)),
@@ -187,23 +141,6 @@ def measure_profile(
     )
 
 
-def _samples(count: int, rng: np.random.Generator) -> list[_Sample]:
-    """Families, sizes and formats in turn, so that every kernel class occurs; a fifth has channels off all grids."""
-    samples = []
-    for index in range(count):
-        family, sizes, widths = _SPECS[index % len(_SPECS)]
-        size = int(rng.choice(sizes))
-        graph = family(rng, size, widths, odd=index % 5 == 4)
-        style = _STYLES[(index % len(_SPECS) + index // len(_SPECS)) % len(_STYLES)]
-        model = to_onnx(random_model(graph, random_formats(graph, rng, style), rng))
-        samples.append(_Sample(graph, model.SerializeToString(), graph.tensors["input"].shape))
-    for channels, depth, style in _HEAVY if count >= _MODELS else ():
-        graph = heavy_net(channels, depth)
-        model = to_onnx(random_model(graph, random_formats(graph, rng, style), rng))
-        samples.append(_Sample(graph, model.SerializeToString(), graph.tensors["input"].shape))
-    return samples
-
-
 def _detect_block(rng: np.random.Generator, threads: int, runtime: str) -> int:
     if runtime == "openvino":
         from autocompress.hardware import openvino_reading
@@ -215,7 +152,7 @@ def _detect_block(rng: np.random.Generator, threads: int, runtime: str) -> int:
 
 
 def _profile_kernels(
-    samples: Sequence[_Sample],
+    samples: Sequence[Sample],
     threads: int,
     batch: int,
     block: int,
@@ -224,21 +161,24 @@ def _profile_kernels(
     runtime: str,
 ) -> list[list[TimedKernel]]:
     """Kernel times of every model; the models take turns, so a disturbance does not fall on one of them."""
-    progress.stage("profile kernels", _ROUNDS)
+    progress.stage("profile kernels", _TURNS)
     sessions = [
         profiled(runtime, s.model, {"input": rng.random((batch, *s.input_shape), dtype=np.float32)}, threads)
         for s in samples
     ]
-    for _ in range(_ROUNDS):
+    for _ in range(_TURNS):
         for index in rng.permutation(len(sessions)):
-            for _ in range(_RUNS):
+            # In one go: the first run of a turn pays for what the others left in the caches.
+            until, runs = time.perf_counter() + _TURN_S, 0
+            while runs < _LEAST_RUNS or time.perf_counter() < until:
                 sessions[index].run()
+                runs += 1
         progress.advance()
     return [session.finish(block) for session in sessions]
 
 
 def _time_whole(
-    samples: Sequence[_Sample], threads: int, batch: int, progress: Progress, runtime: str
+    samples: Sequence[Sample], threads: int, batch: int, progress: Progress, runtime: str
 ) -> tuple[list[LatencyStats], list[LatencyStats]]:
     """Latencies of every model in plain sessions, and of a few of them once more, for the repeat floor."""
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
@@ -249,7 +189,7 @@ def _time_whole(
         first = measure_latency(
             paths, threads=threads, batch=batch, seconds_each=_SECONDS_EACH, progress=progress, runtime=runtime
         )
-        few = {name: paths[name] for name in list(paths)[:6]}
+        few = {name: paths[name] for name in list(paths)[:_REPEATED]}
         second = measure_latency(
             few, threads=threads, batch=batch, seconds_each=_SECONDS_EACH, progress=progress, runtime=runtime
         )

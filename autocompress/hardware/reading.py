@@ -38,7 +38,7 @@ _MOVES = {
 """Kernels that come into being when the graph is optimized, with one input beside constants."""
 
 _LAYOUTS = ((0, 2, 3, 1), (0, 3, 1, 2))
-_POOLS = {"QLinearAveragePool": "pool_int8", "AveragePool": "pool_plain_fp32", "NhwcMaxPool": "pool_int8"}
+_POOLS = {"QLinearAveragePool": "average_pool_int8", "AveragePool": "pool_plain_fp32", "NhwcMaxPool": "pool_int8"}
 _PRODUCTS = {
     "Gemm": "gemm_fp32", "FusedGemm": "gemm_fp32", "QGemm": "gemm_int8", "MatMul": "matmul_fp32",
     "FusedMatMul": "matmul_fp32", "QLinearMatMul": "matmul_int8", "MatMulIntegerToFloat": "matmul_int8",

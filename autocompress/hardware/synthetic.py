@@ -64,10 +64,10 @@ class GraphMaker:
         return out
 
     def gemm(self, source: str, outputs: int) -> str:
-        (inputs,) = self.tensors[source].shape
+        *rows, inputs = self.tensors[source].shape
         name = f"gemm_{len(self.layers)}"
         weight, bias = self.tensor(f"{name}.weight", (outputs, inputs)), self.tensor(f"{name}.bias", (outputs,))
-        out = self.tensor(f"{name}.out", (outputs,))
+        out = self.tensor(f"{name}.out", (*rows, outputs))
         self.layers.append(
             Layer(
                 name=name, op="Gemm", inputs=(source, weight, bias), outputs=(out,), weights=(weight, bias),
@@ -141,14 +141,14 @@ class GraphMaker:
         self.layers.append(Layer(name=out, op="Clip", inputs=(source, low, high), outputs=(out,), weights=(low, high)))
         return out
 
-    def pool(self, source: str, window: int, stride: int) -> str:
+    def pool(self, source: str, window: int, stride: int, op: str = "MaxPool") -> str:
         channels, *sizes = self.tensors[source].shape
         pad = (window - 1) // 2
         shape = (channels, *((s + 2 * pad - window) // stride + 1 for s in sizes))
         attributes: dict[str, Attribute] = {"kernel_shape": (window, window), "strides": (stride, stride)}
         if pad:
             attributes["pads"] = (pad,) * 4
-        return self.op("MaxPool", (source,), shape, **attributes)
+        return self.op(op, (source,), shape, **attributes)
 
     def add(self, first: str, second: str) -> str:
         return self.op("Add", (first, second), self.tensors[first].shape)
@@ -239,7 +239,7 @@ def plain_net(
             branch = make.relu(make.conv(x, _width(rng, 8, 64), 1))
             x = make.concat(x, branch)
         if make.tensors[x].shape[1] > 4:
-            x = make.pool(x, 2, 2)
+            x = make.pool(x, 2, 2, "AveragePool" if block == 2 else "MaxPool")
         width = _width(rng, width, 2 * width, odd)
     shape = make.tensors[x].shape
     flat = make.op("Flatten", (x,), (shape[0] * shape[1] * shape[2],))
@@ -290,7 +290,9 @@ def encoder_net(rng: np.random.Generator, size: int, widths: tuple[int, int], od
         scores = make.product(make.bias(query, "Mul"), key)
         mixed = make.product(make.op("Softmax", (scores,), make.tensors[scores].shape, axis=-1), value)
         joined = make.reshape(make.transpose(mixed, (0, 2, 1, 3)), (size, width))
-        x = make.add(x, make.bias(make.matmul(joined, width)))
+        # As torch exports its attention: a fully connected layer over all tokens in a row.
+        rows = make.op("Flatten", (joined,), (size, width), axis=2)
+        x = make.add(x, make.reshape(make.gemm(rows, width), (size, width)))
         hidden = make.bias(make.matmul(make.norm(x), int(rng.choice([1, 2, 4])) * width))
         hidden = make.op("Gelu", (hidden,), make.tensors[hidden].shape)
         x = make.add(x, make.bias(make.matmul(hidden, width)))
@@ -364,8 +366,7 @@ def random_weights(graph: ModelGraph, rng: np.random.Generator) -> dict[str, tor
             if layer.op == "Clip":
                 weights[name] = torch.tensor(0.0 if position == 1 else 6.0)
             elif layer.op == "Reshape":
-                # 0 keeps the batch.
-                weights[name] = torch.tensor([0, *graph.tensors[layer.outputs[0]].shape])
+                weights[name] = torch.tensor([-1, *graph.tensors[layer.outputs[0]].shape])
             else:
                 fan_in = float(np.prod(shape[1:])) if len(shape) > 1 else 100.0
                 values = np.asarray(rng.standard_normal(shape) * fan_in**-0.5, dtype=np.float32)
