@@ -24,6 +24,7 @@ from autocompress.hardware.profile import (
     cpu_description,
     local_path,
 )
+from autocompress.hardware.profilers import noise_of
 from autocompress.hardware.profiling import profile_kernels
 from autocompress.hardware.reading import packed_block
 from autocompress.hardware.samples import Sample, choose_samples
@@ -106,7 +107,8 @@ def measure_profile(
         for kernels, stats in zip(measured, latencies, strict=True)
         if kernels
     ]
-    fit = fit_kernels(results)
+    noise = noise_of(runtime)
+    fit = fit_kernels(results, noise=noise)
     repeat = [abs(b.median_ms / a.median_ms - 1.0) for a, b in zip(latencies, again, strict=False)]
     channels = [tensor.shape[0] for s in samples for tensor in s.graph.tensors.values() if len(tensor.shape) == 3]
     sizes = [s.input_shape[-1] for s in samples if len(s.input_shape) == 3]
@@ -121,7 +123,7 @@ def measure_profile(
         nchwc_block=block,
         kernels=fit.kernels,
         end_to_end=fit.end_to_end,
-        holdout=hold_out(results, fit.end_to_end.cache_mb).model_copy(update={"repeat_floor": floor}),
+        holdout=hold_out(results, fit.end_to_end.cache_mb, noise=noise).model_copy(update={"repeat_floor": floor}),
         repeat_floor=floor,
         validity=Validity(
             latency_ms=(round(min(latency), 4), round(max(latency), 4)),
