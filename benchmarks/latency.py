@@ -58,9 +58,10 @@ def vision_transformer() -> nn.Module:
     import_torchvision()
     from torchvision.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(
+    made: nn.Module = VisionTransformer(
         image_size=224, patch_size=16, num_layers=4, num_heads=12, hidden_dim=768, mlp_dim=3072, num_classes=1000
     )  # fmt: skip
+    return made
 
 
 def torchvision_model(name: str) -> Callable[[], nn.Module]:
