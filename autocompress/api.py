@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocompress.config import RunConfig
-from autocompress.errors import InfeasibleError, UsageError, unknown_name
+from autocompress.errors import InfeasibleError, UsageError
 from autocompress.front import LoadedFront, load_front, load_point
 from autocompress.progress import Progress, SilentProgress
 from autocompress.rundir import open_run_directory
@@ -143,7 +143,9 @@ class _Prepared:
         self.space = load_space(config.space)
         self.task = task_of(config, progress)
         self.teacher = teacher_of(config, self.task, progress)
-        self.profile = load_hardware(config.hardware, config.threads, config.batch, progress=progress)
+        self.profile = load_hardware(
+            config.hardware, config.threads, config.batch, runtime=config.runtime, progress=progress
+        )
 
 
 def task_of(config: RunConfig, progress: Progress) -> Task:
@@ -181,8 +183,10 @@ def _prepare(config: RunConfig, progress: Progress) -> _Prepared:
 
 
 def _check_supported(config: RunConfig) -> None:
-    if config.runtime != RUNTIME:
-        raise UsageError(f"{config.origin('runtime')}: unknown runtime {config.runtime!r}; known: {RUNTIME}")
+    from autocompress.runtime.base import load_runtime
+
+    with config.citing("runtime"):
+        load_runtime(config.runtime)
     if config.device != "cpu":
         raise UsageError(f"{config.origin('device')}: training on {config.device!r} is not there yet; use cpu")
     if config.max_energy_mj is not None or "energy_mj" in config.objectives:
@@ -226,8 +230,9 @@ def profile(
 
     >>> autocompress.profile(threads=2, out="my-laptop.yaml").holdout  # doctest: +SKIP
     """
-    if runtime != RUNTIME:
-        raise unknown_name("runtime", runtime, [RUNTIME])
+    from autocompress.runtime.base import load_runtime
+
+    load_runtime(runtime)
     from autocompress.hardware.profile import LOCAL, refuse_threads
 
     refuse_threads(threads, LOCAL)
@@ -235,7 +240,7 @@ def profile(
         _check_target(Path(out))
     from autocompress.hardware.measure import local_profile
 
-    made = local_profile(threads, batch, refresh=refresh, progress=progress)
+    made = local_profile(threads, batch, refresh=refresh, progress=progress, runtime=runtime)
     if out is not None:
         made.save(Path(out))
     return made
