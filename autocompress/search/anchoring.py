@@ -58,7 +58,12 @@ def _measure(
             files[str(index)] = path
             progress.advance()
         stats = measure_latency(
-            files, threads=config.threads, batch=config.batch, seconds_each=ANCHOR_SECONDS, progress=progress
+            files,
+            threads=config.threads,
+            batch=config.batch,
+            seconds_each=ANCHOR_SECONDS,
+            progress=progress,
+            runtime=config.runtime,
         )
     return [
         (plan.model_dump(mode="json"), stats[str(index)].median_ms, sizes[str(index)])
