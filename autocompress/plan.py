@@ -282,12 +282,17 @@ class Quantity(Value):
 
 
 class Estimate(Value):
-    """What a cost model says of a plan; ``unmodelled`` names the kernels it has never measured."""
+    """What a cost model says of a plan.
+
+    ``unmodelled`` names the kernels it has never measured, ``notes`` say what else the user must know: a plan that does
+    not fit the device's memory, say.
+    """
 
     target: str
     costs: dict[str, Quantity]
     per_kernel: dict[str, float] = Field(default_factory=dict)
     unmodelled: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Measurement(Value):

@@ -1,4 +1,4 @@
-"""The cost model: a graph is lowered once, then thousands of plans a second are priced with numpy.
+"""The fitted cost model: a graph is lowered once, then thousands of plans a second are priced with numpy.
 
 >>> model = FittedCostModel(load_hardware("local"))            # doctest: +SKIP
 >>> skeleton = model.lower(graph)                              # doctest: +SKIP
@@ -7,295 +7,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 
 from autocompress.errors import UsageError, unknown_name
-from autocompress.hardware.calibration import Calibration, fit_calibration
+from autocompress.hardware.calibration import Calibration
 from autocompress.hardware.footprint import ActivationMemory, multiply_accumulates, size_counts, stored_bytes
-from autocompress.hardware.kernels import (
-    FAMILIES,
-    KINDS,
-    MEMORY,
-    SUBSTITUTES,
-    Number,
-    Work,
-    cold_megabytes,
-    cost_us,
-)  # fmt: skip
-from autocompress.hardware.lowering import ELEMENTWISE, POOLS, VIEWS, Lowering, Mask, make_steps, quantized_tensors
-from autocompress.hardware.profile import HardwareProfile, KernelCost
+from autocompress.hardware.kernels import FAMILIES, KINDS, MEMORY, SUBSTITUTES, Work, cold_megabytes, cost_us
+from autocompress.hardware.lowering import ELEMENTWISE, POOLS, VIEWS, Lowering, Mask, quantized_tensors
+from autocompress.hardware.profile import FittedProfile, KernelCost
+from autocompress.hardware.skeleton import Record, Skeleton, Terms
 from autocompress.methods.quantization import FOLLOWERS
-from autocompress.plan import (
-    INT4_WEIGHT,
-    INT8_WEIGHT,
-    CompressionPlan,
-    Estimate,
-    LayerPlan,
-    ModelGraph,
-    Quantity,
-    Source,
-    Student,
-)  # fmt: skip
+from autocompress.plan import ModelGraph
 
-CHUNK = 4096
-"""Plans priced together: their arrays stay in the processor's cache."""
-
-FORMATS = (
-    LayerPlan(),
-    LayerPlan(compute="int8", storage=INT8_WEIGHT),
-    LayerPlan(compute="int8", storage=INT4_WEIGHT),
-    LayerPlan(storage=INT8_WEIGHT),
-    LayerPlan(storage=INT4_WEIGHT),
-)
-
-_MODELLED = ELEMENTWISE | VIEWS | POOLS | FOLLOWERS | {"Conv", "Gemm", "MatMul"}
-_DEFAULT_BAND = 0.15
 _WITH_WEIGHTS = ("fp32", "int8")
-
-
-@dataclass(frozen=True)
-class PriceTable:
-    """Costs with one entry a plan."""
-
-    latency_ms: np.ndarray
-    size_bytes: np.ndarray
-    peak_memory_bytes: np.ndarray
-    macs: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.latency_ms)
-
-
-@dataclass(frozen=True)
-class _Terms:
-    """What prices are made of, before scales and offsets: one row a plan."""
-
-    family_us: np.ndarray
-    kernels: np.ndarray
-    size_payload: np.ndarray
-    size_counts: np.ndarray
-    peak: np.ndarray
-    macs: np.ndarray
 
 
 class FittedCostModel:
     """Prices plans with the kernel costs of a hardware profile."""
 
-    def __init__(self, profile: HardwareProfile) -> None:
+    def __init__(self, profile: FittedProfile) -> None:
         self.profile = profile
+        self._coefficients: dict[str, tuple[float, ...]] = {}
 
-    def lower(self, graph: ModelGraph) -> Skeleton:
+    def lower(self, graph: ModelGraph) -> FittedSkeleton:
         """Prepares a graph: everything that is the same for all plans is done here, once."""
-        return Skeleton(graph, self.profile)
+        return FittedSkeleton(graph, self.profile)
+
+    def kernel_us(self, kind: str, work: Work) -> float:
+        """Microseconds of one kernel of a class of ``kernels.KINDS`` inside a run, by the profile's own scales."""
+        if not self._coefficients:
+            self._coefficients, _ = _coefficients(self.profile.kernels)
+        if kind not in self._coefficients:
+            raise unknown_name("kernel class", kind, self._coefficients)
+        end = self.profile.end_to_end
+        return end.scales.get(KINDS[kind], 1.0) * float(cost_us(self._coefficients[kind], work)) + end.per_kernel_us
+
+    def run_us(self, weight_bytes: float) -> float:
+        """Microseconds of a run beside its kernels', for a model with so many bytes of weights."""
+        end = self.profile.end_to_end
+        cold = end.per_cold_mb_us * float(cold_megabytes(weight_bytes, end.cache_mb))
+        return end.per_run_us + end.scales.get(MEMORY, 1.0) * cold
 
 
-class Skeleton:
-    """A graph ready to be priced on a device.
+class FittedSkeleton(Skeleton):
+    """Prices a graph's plans by the classes of the kernels that the runtime makes of them."""
 
-    The formats of activations follow from the layers' types by the rule of ``methods.quantization.activation_formats``;
-    a plan's own ``activations`` are not read.
+    source = "fitted"
+    modelled = ELEMENTWISE | VIEWS | POOLS | FOLLOWERS | {"Conv", "Gemm", "MatMul"}
+    profile: FittedProfile
 
-    Attributes:
-        group_ids: the columns of ``keeps`` in ``price_arrays``.
-        layer_names: the columns of ``formats`` in ``price_arrays``: the weight layers in execution order.
-    """
-
-    def __init__(self, graph: ModelGraph, profile: HardwareProfile) -> None:
-        self.graph = graph
-        self.profile = profile
-        self.group_ids = tuple(group.id for group in graph.groups)
-        self.layer_names = tuple(layer.name for layer in graph.compressible)
-        self.calibration: Calibration | None = None
-        self._steps = make_steps(graph)
-        self._sizes = np.array([group.size for group in graph.groups], dtype=np.int64)
-        self._column = {group.id: index for index, group in enumerate(graph.groups)}
-        self._layer_column = {name: index for index, name in enumerate(self.layer_names)}
-        self._formats: list[LayerPlan] = list(FORMATS)
-        self._codes = {plan: code for code, plan in enumerate(self._formats)}
-        self._codes_by_id = {id(plan): (code, plan) for code, plan in enumerate(self._formats)}
-        self._shrinking = self._members()
+    def __init__(self, graph: ModelGraph, profile: FittedProfile) -> None:
+        super().__init__(graph, profile)
         self._coefficients, self._missing = _coefficients(profile.kernels)
         self._memory = ActivationMemory(graph, self._steps)
 
-    @property
-    def formats(self) -> tuple[LayerPlan, ...]:
-        """What the codes of ``price_arrays`` stand for; ``encode`` appends formats it has not met."""
-        return tuple(self._formats)
-
-    # --------------------------------------------------------------------------------------------- encoding
-
-    def encode(self, plans: Sequence[CompressionPlan]) -> tuple[np.ndarray, np.ndarray]:
-        """Plans as arrays: channels kept ``[n, groups]`` and format codes ``[n, weight layers]``."""
-        keeps = np.tile(self._sizes, (len(plans), 1))
-        codes = np.zeros((len(plans), len(self.layer_names)), dtype=np.int64)
-        for row, plan in enumerate(plans):
-            if isinstance(plan.base, Student):
-                raise UsageError(
-                    "the plan starts from a student model, which has another graph; lower the student's own graph and "
-                    "price the plan's groups and layers there"
-                )
-            for name, kept in plan.groups.items():
-                column = self._column.get(name)
-                if column is None or not 1 <= kept <= self._sizes[column]:
-                    raise self._group_error(name, kept)
-                keeps[row, column] = kept
-            for name, layer_plan in plan.layers.items():
-                known = self._codes_by_id.get(id(layer_plan))
-                place = self._layer_column.get(name)
-                if place is None:
-                    raise unknown_name("weight layer", name, self.layer_names)
-                codes[row, place] = known[0] if known is not None else self._code(layer_plan)
-        return keeps, codes
-
-    def _code(self, layer_plan: LayerPlan) -> int:
-        code = self._codes.get(layer_plan)
-        if code is None:
-            code = self._codes[layer_plan] = len(self._formats)
-            self._formats.append(layer_plan)
-        if len(self._codes_by_id) < 100_000:
-            # Keeping the object keeps its id from being given to another.
-            self._codes_by_id[id(layer_plan)] = (code, layer_plan)
-        return code
-
-    def _group_error(self, name: str, kept: int) -> UsageError:
-        if name not in self._column:
-            return unknown_name("group", name, self.group_ids)
-        return UsageError(f"group {name!r} has {self._sizes[self._column[name]]} channels; cannot keep {kept}")
-
-    # ---------------------------------------------------------------------------------------------- pricing
-
-    def price(self, plans: Sequence[CompressionPlan]) -> PriceTable:
-        """The costs of plans; see ``price_arrays`` for a search that never builds them."""
-        return self.price_arrays(*self.encode(plans))
-
-    def price_arrays(self, keeps: np.ndarray, formats: np.ndarray) -> PriceTable:
-        """The costs of encoded plans.
-
-        Args:
-            keeps: ints ``[n, groups]``: channels each group keeps, in the order of ``group_ids``.
-            formats: ints ``[n, weight layers]``: indices into ``formats``, in the order of ``layer_names``.
-        """
-        keeps, formats = np.asarray(keeps, dtype=np.int64), np.asarray(formats, dtype=np.int64)
-        if keeps.shape != (len(formats), len(self.group_ids)) or formats.shape != (len(keeps), len(self.layer_names)):
-            raise UsageError(
-                f"keeps {keeps.shape} and formats {formats.shape} must be [n, {len(self.group_ids)}] and "
-                f"[n, {len(self.layer_names)}]"
-            )
-        tables = [
-            self._table(self._terms(keeps[start : start + CHUNK], formats[start : start + CHUNK]))
-            for start in range(0, max(len(keeps), 1), CHUNK)
-        ]
-        return PriceTable(
-            latency_ms=np.concatenate([t.latency_ms for t in tables]),
-            size_bytes=np.concatenate([t.size_bytes for t in tables]),
-            peak_memory_bytes=np.concatenate([t.peak_memory_bytes for t in tables]),
-            macs=np.concatenate([t.macs for t in tables]),
-        )
-
-    def estimate(self, plan: CompressionPlan) -> Estimate:
-        """One plan in detail: bounds, milliseconds by layer, and what of it the profile has never measured.
-
-        ``per_kernel`` holds a layer's kernels under its name, and quantizing, dequantizing and reordering a tensor
-        under ``edge:<tensor>``; with ``cold weights`` and ``overhead`` they add up to the latency.
-        """
-        keeps, formats = self.encode([plan])
-        lines: list[tuple[str, str, float, bool]] = []
-
-        def record(label: str, kind: str, work: Work, mask: Mask, whole: bool) -> None:
-            if mask.any():
-                lines.append((label, kind, self._kernel_us(kind, work, whole), whole))
-
-        terms = self._terms(keeps, formats, record)
-        table = self._table(terms)
-        fit = self._fit()
-        per_kernel: dict[str, float] = {}
-        unmodelled: dict[str, None] = {}
-        for label, kind, microseconds, whole in lines:
-            family = KINDS[kind]
-            key = f"edge:{label}" if family == "boundary" else label
-            share = fit.scales[FAMILIES.index(family)] * microseconds + (fit.per_kernel_us if whole else 0.0)
-            per_kernel[key] = per_kernel.get(key, 0.0) + share * 1e-3
-            if kind in self._missing:
-                unmodelled.setdefault(f"{label} ({kind})")
-        for layer in self.graph.layers:
-            if layer.op not in _MODELLED:
-                unmodelled.setdefault(f"{layer.name} ({layer.op})")
-        latency = float(table.latency_ms[0])
-        memory = float(terms.family_us[0, FAMILIES.index(MEMORY)]) * fit.scales[FAMILIES.index(MEMORY)]
-        if memory:
-            per_kernel["cold weights"] = memory * 1e-3
-        per_kernel["overhead"] = latency - sum(per_kernel.values())
-        spread = fit.band if not unmodelled else max(fit.band, 2 * _DEFAULT_BAND)
-        return Estimate(
-            target=self.profile.name,
-            costs={
-                "latency_ms": _quantity(latency, spread, "fitted"),
-                "size_bytes": _quantity(float(table.size_bytes[0]), fit.size_band, "fitted"),
-                "peak_memory_bytes": _quantity(float(table.peak_memory_bytes[0]), 0.0, "analytic"),
-                "macs": _quantity(float(table.macs[0]), 0.0, "analytic"),
-            },
-            per_kernel=per_kernel,
-            unmodelled=tuple(unmodelled),
-        )
-
-    def calibrate(self, observations: Sequence[tuple[CompressionPlan, float, float]]) -> Calibration:
-        """Corrects the model for this graph with a few plans of it that were exported and measured end to end.
-
-        Args:
-            observations: ``(plan, latency in ms, bytes of the file)``; 6 to 12, as ``anchors.anchor_plans`` gives.
-
-        Returns:
-            The correction, which every price uses from now on, with its own leave-one-out errors.
-        """
-        if not observations:
-            raise UsageError("calibrate needs at least one (plan, latency_ms, size_bytes)")
-        terms = self._terms(*self.encode([plan for plan, _, _ in observations]))
-        self.calibration = fit_calibration(
-            family_us=terms.family_us,
-            kernels=terms.kernels,
-            latency_us=np.array([ms for _, ms, _ in observations]) * 1e3,
-            size_payload=terms.size_payload,
-            size_counts=terms.size_counts,
-            size_bytes=np.array([size for _, _, size in observations], dtype=float),
-            prior=self._prior(),
-            floor=self.profile.repeat_floor,
-        )
-        return self.calibration
-
-    # ------------------------------------------------------------------------------------------------ terms
-
-    def _fit(self) -> Calibration:
-        return self.calibration or self._prior()
-
     def _prior(self) -> Calibration:
-        end = self.profile.end_to_end
-        holdout = self.profile.holdout
+        profile = self.profile
+        end = profile.end_to_end
+        holdout = profile.holdout
         return Calibration(
             scales=tuple(end.scales.get(family, 1.0) for family in FAMILIES),
             per_kernel_us=end.per_kernel_us,
             per_run_us=end.per_run_us,
-            band=max(2 * holdout.mape, self.profile.repeat_floor) if holdout else _DEFAULT_BAND,
+            band=max(2 * holdout.mape, profile.repeat_floor) if holdout else profile.error_band,
         )
 
-    def _table(self, terms: _Terms) -> PriceTable:
-        fit = self._fit()
-        latency = terms.family_us @ np.array(fit.scales) + fit.per_kernel_us * terms.kernels + fit.per_run_us
-        # A sum of corrections must not take a tiny model below what its kernels cost at the very least.
-        latency = np.maximum(latency, 0.1 * terms.family_us.sum(axis=1))
-        size = terms.size_payload + terms.size_counts @ np.array(fit.size_coefficients)
-        return PriceTable(latency * 1e-3, np.rint(size).astype(np.int64), terms.peak, terms.macs)
-
-    def _kernel_us(self, kind: str, work: Work, whole: bool) -> float:
-        coefficients = self._coefficients[kind]
-        value = cost_us(coefficients if whole else (0.0, *coefficients[1:]), work)
-        return float(np.asarray(value).reshape(-1)[0])
-
-    def _terms(
-        self, keeps: np.ndarray, formats: np.ndarray, record: Callable[[str, str, Work, Mask, bool], None] | None = None
-    ) -> _Terms:
+    def _terms(self, keeps: np.ndarray, formats: np.ndarray, record: Record | None = None) -> Terms:
         count = len(keeps)
         dims = self._dims(keeps)
         is_int8 = np.array([plan.compute == "int8" for plan in self._formats])[formats]
@@ -316,7 +95,7 @@ class Skeleton:
                 if KINDS[kind] in _WITH_WEIGHTS:
                     weight_bytes[:] += np.where(mask, work.weight_bytes, 0.0)
             if record is not None:
-                record(label, kind, work, mask, whole)
+                record(label, kind, microseconds, mask, whole)
 
         Lowering(
             self.graph, self._steps, dims, int8, held, count, self.profile.nchwc_block, self.profile.batch, emit
@@ -326,34 +105,7 @@ class Skeleton:
         stored = stored_bytes(self.graph, dims, formats, self._layer_column, self._formats)
         counts = size_counts(formats, self._formats, held)
         peak = self._memory.peak_bytes(dims, held, count, self.profile.batch)
-        return _Terms(family_us.T, kernels, stored, counts, peak, multiply_accumulates(self.graph, dims, count))
-
-    def _members(self) -> dict[str, list[tuple[int, int, int]]]:
-        """For each tensor that shrinks: (axis, column of its group, repeat)."""
-        table: dict[str, list[tuple[int, int, int]]] = {}
-        for column, group in enumerate(self.graph.groups):
-            for member in group.members:
-                table.setdefault(member.tensor, []).append((member.axis, column, member.repeat))
-        return table
-
-    def _dims(self, keeps: np.ndarray) -> Mapping[str, tuple[Number, ...]]:
-        dims: dict[str, tuple[Number, ...]] = {name: tensor.shape for name, tensor in self.graph.tensors.items()}
-        removed = np.ascontiguousarray((self._sizes - keeps).T)
-        shared: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-        for name, members in self._shrinking.items():
-            shape = list(dims[name])
-            for axis in {axis for axis, _, _ in members}:
-                cuts = tuple(sorted((column, repeat) for a, column, repeat in members if a == axis))
-                key = ((-1, int(self.graph.tensors[name].shape[axis])), *cuts)
-                if key not in shared:
-                    shared[key] = self.graph.tensors[name].shape[axis] - sum(removed[c] * repeat for c, repeat in cuts)
-                shape[axis] = shared[key]
-            dims[name] = tuple(shape)
-        return dims
-
-
-def _quantity(value: float, spread: float, source: Source) -> Quantity:
-    return Quantity(value=value, low=value * (1 - min(spread, 1.0)), high=value * (1 + spread), source=source)
+        return Terms(family_us.T, kernels, stored, counts, peak, multiply_accumulates(self.graph, dims, count))
 
 
 def _coefficients(kernels: Mapping[str, KernelCost]) -> tuple[dict[str, tuple[float, ...]], frozenset[str]]:

@@ -20,7 +20,7 @@ from autocompress.export.onnx import to_onnx
 from autocompress.hardware.fitting import MeasuredModel, fit_kernels, hold_out
 from autocompress.hardware.profile import (
     LOCAL,
-    HardwareProfile,
+    FittedProfile,
     Provenance,
     Validity,
     cpu_description,
@@ -87,7 +87,7 @@ def local_profile(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
     refresh: bool = False,
-) -> HardwareProfile:
+) -> FittedProfile:
     """The profile of this machine, measured on first use (about 20 s) and cached.
 
     The cache holds one file for each CPU, runtime version, threads and batch, under ``cache_dir``,
@@ -105,7 +105,7 @@ def local_profile(
     path = local_path("onnxruntime", str(ort.__version__), threads, batch, cache_dir)
     if path.is_file() and not refresh:
         try:
-            return HardwareProfile.load(path)
+            return FittedProfile.load(path)
         except UsageError as error:
             logger.warning("the cached hardware profile is measured again: %s", error)
     profile = measure_profile(threads, batch, progress)
@@ -115,7 +115,7 @@ def local_profile(
 
 def measure_profile(
     threads: int = 1, batch: int = 1, progress: Progress | None = None, models: int = _MODELS
-) -> HardwareProfile:
+) -> FittedProfile:
     """Measures this machine now.
 
     Args:
@@ -141,7 +141,7 @@ def measure_profile(
     channels = [tensor.shape[0] for s in samples for tensor in s.graph.tensors.values() if len(tensor.shape) == 3]
     sizes = [s.input_shape[-1] for s in samples if len(s.input_shape) == 3]
     latency = [stats.median_ms for stats in latencies]
-    return HardwareProfile(
+    return FittedProfile(
         name=LOCAL,
         runtime_version=str(ort.__version__),
         threads=threads,

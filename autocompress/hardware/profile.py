@@ -1,29 +1,48 @@
-"""Hardware profiles: what is known of a device, as plain coefficients in a YAML file anyone can read and rebuild."""
+"""Hardware profiles: what is known of a device, as plain coefficients in a YAML file anyone can read and rebuild.
+
+A ``FittedProfile`` was measured kernel by kernel on the device; an ``AnalyticProfile`` (``analytic_profile``) says what
+its maker publishes: peaks, bandwidths, memories.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
-import tempfile
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from autocompress.errors import UsageError, unknown_name
+from autocompress.hardware.profile_file import edited_sections, read_mapping, write_mapping
 from autocompress.plan import Value
 from autocompress.progress import Progress
+from autocompress.registry import import_object
 from autocompress.resources import find_resource, resource_names
 from autocompress.tasks.cache import cache_directory
 
-PROFILE_VERSION: Literal[1] = 1
+logger = logging.getLogger(__name__)
+
+PROFILE_VERSION: Literal[2] = 2
 LOCAL = "local"
 
-_REVISION = 2
+_REVISION = 3
 """Goes up with every change to what is measured or how it is fitted: profiles cached before are measured again."""
+
+ABSURD_US = 1e6
+"""No kernel takes a second for its launch, for a million multiply-accumulates or for a megabyte."""
+
+Coefficient = Annotated[float, Field(ge=0, le=ABSURD_US, allow_inf_nan=False)]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+
+PROFILE_KINDS = {
+    "fitted": "autocompress.hardware.profile:FittedProfile",
+    "analytic": "autocompress.hardware.analytic_profile:AnalyticProfile",
+}
 
 
 class KernelCost(Value):
@@ -32,15 +51,15 @@ class KernelCost(Value):
     ``samples`` measured kernels gave the coefficients, with a mean absolute relative error of ``mape``.
     """
 
-    fixed_us: float = Field(ge=0)
-    per_mmac_us: float = Field(default=0.0, ge=0)
-    per_mtap_us: float = Field(default=0.0, ge=0)
-    per_mpoint_us: float = Field(default=0.0, ge=0)
-    per_mwindow_us: float = Field(default=0.0, ge=0)
-    per_read_mb_us: float = Field(default=0.0, ge=0)
-    per_written_mb_us: float = Field(default=0.0, ge=0)
-    per_weight_mb_us: float = Field(default=0.0, ge=0)
-    samples: int = 0
+    fixed_us: Coefficient
+    per_mmac_us: Coefficient = 0.0
+    per_mtap_us: Coefficient = 0.0
+    per_mpoint_us: Coefficient = 0.0
+    per_mwindow_us: Coefficient = 0.0
+    per_read_mb_us: Coefficient = 0.0
+    per_written_mb_us: Coefficient = 0.0
+    per_weight_mb_us: Coefficient = 0.0
+    samples: int = Field(default=0, ge=0)
     mape: float = 0.0
 
     @property
@@ -66,20 +85,26 @@ class EndToEnd(Value):
     costs ``per_cold_mb_us`` on top.
     """
 
-    scales: dict[str, float] = Field(default_factory=dict)
-    per_kernel_us: float = 0.0
-    per_run_us: float = 0.0
-    per_cold_mb_us: float = Field(default=0.0, ge=0)
-    cache_mb: float = Field(default=16.0, gt=0)
+    scales: dict[str, Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]] = Field(default_factory=dict)
+    per_kernel_us: float = Field(default=0.0, ge=-ABSURD_US, le=ABSURD_US, allow_inf_nan=False)
+    per_run_us: float = Field(default=0.0, ge=-ABSURD_US, le=ABSURD_US, allow_inf_nan=False)
+    per_cold_mb_us: Coefficient = 0.0
+    cache_mb: float = Field(default=16.0, gt=0, allow_inf_nan=False)
 
 
 class HoldOut(Value):
-    """Errors on whole models that no coefficient was fitted to; ``mape`` and ``max`` are fractions."""
+    """Errors on whole models that no coefficient was fitted to; ``mape`` and ``max`` are fractions.
+
+    ``kendall_tau`` and ``spearman`` say how well the models are ranked; ``repeat_floor`` is how far two measurements of
+    one of these models lie apart (a fraction).  None: not determined.
+    """
 
     models: int
     mape: float
     max: float
     kendall_tau: float
+    spearman: float | None = None
+    repeat_floor: float | None = None
 
 
 class Validity(Value):
@@ -101,71 +126,151 @@ class Provenance(Value):
     versions: dict[str, str] = Field(default_factory=dict)
 
 
-class HardwareProfile(Value):
-    """A device as the cost model sees it.
+class Memory(Value):
+    """What the device can hold; None: more than any model here needs.
 
     Attributes:
-        nchwc_block: channels the runtime packs together for float32 convolutions (0: it keeps plain NCHW).
-        kernels: the cost of each kernel class, by the names of ``kernels.KINDS``.
+        ram_bytes: for activations (an MCU's SRAM) and, where there is no flash, the weights too.
+        flash_bytes: for the file.
+        engine_bytes: of the RAM what the engine itself takes: its interpreter and scratch buffers.
+    """
+
+    ram_bytes: int | None = Field(default=None, gt=0)
+    flash_bytes: int | None = Field(default=None, gt=0)
+    engine_bytes: int = Field(default=0, ge=0)
+
+
+class Energy(Value):
+    """Picojoules of the work, and milliwatts for as long as a run takes."""
+
+    pj_per_mac: dict[Precision, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    pj_per_byte: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    static_mw: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+
+class HardwareProfile(Value):
+    """A device as a cost model sees it: what all kinds of profile say.
+
+    Attributes:
+        kind: how latencies are known: ``fitted`` to measured kernels, or ``analytic``, from what is published.
+        runtime: what runs the model there; with the device it is what the profile is of.
+        precisions: the types that the device computes in.
+        channel_step: for a type the multiple that channel counts should keep; others waste time.
+        memory: limits.
+        energy: None where nothing is known of it.
+        validated: whether predictions were compared with measurements of models that nothing was fitted to.
+        error_band: half the width of the band around a latency, as a fraction, where nothing better is known.
         repeat_floor: how far two measurements of one model lie apart (a fraction): no error below it means anything.
     """
 
-    version: Literal[1] = PROFILE_VERSION
+    version: Literal[2] = PROFILE_VERSION
+    kind: Literal["fitted", "analytic"]
     name: str
+    description: str = ""
     runtime: str = "onnxruntime"
     runtime_version: str
     threads: int = Field(ge=1)
     batch: int = Field(ge=1)
-    nchwc_block: int = Field(default=16, ge=0)
-    kernels: dict[str, KernelCost]
-    end_to_end: EndToEnd = Field(default_factory=EndToEnd)
-    holdout: HoldOut | None = None
-    repeat_floor: float = 0.0
+    precisions: tuple[Precision, ...] = Field(min_length=1)
+    channel_step: dict[Precision, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    memory: Memory = Field(default_factory=Memory)
+    energy: Energy | None = None
     validity: Validity | None = None
-    provenance: Provenance
+    provenance: Provenance | None = None
+    validated: bool
+    error_band: float = Field(gt=0, le=10, allow_inf_nan=False)
+    repeat_floor: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+    def at(self, threads: int | None, batch: int | None) -> Self:
+        """The profile for so many threads and samples a run; a kind that can be scaled overrides this.
+
+        Raises:
+            UsageError: the profile was made for others.
+        """
+        for what, given, has in (("threads", threads, self.threads), ("batch", batch, self.batch)):
+            if given is not None and given != has:
+                raise UsageError(
+                    f"hardware profile {self.name} was made for {what}={has}, not {given}; ask for {has}, or profile "
+                    "again"
+                )
+        return self
 
     def save(self, path: Path) -> Path:
-        """Writes the profile as YAML; the file is complete or not there at all."""
-        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        return path
+        """Writes the profile as YAML, with digests of what it says; the file is complete or not there at all."""
+        return write_mapping(path, self.model_dump(mode="json"))
 
     @classmethod
-    def load(cls, path: Path) -> HardwareProfile:
-        """Reads a profile; what is wrong with a file is said with its name and field."""
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"hardware profile {path}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise UsageError(f"hardware profile {path}: not a text file ({error.reason})") from error
-        try:
-            content: Any = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise UsageError(f"hardware profile {path}: not valid YAML: {reason}") from error
-        if not isinstance(content, dict):
-            raise UsageError(f"hardware profile {path}: expected a mapping of fields, found {type(content).__name__}")
+    def load(cls, path: Path) -> Self:
+        """Reads a profile of any kind; what is wrong with a file is said with its name and field.
+
+        A file that was edited since it was measured is read as it stands, with a warning.
+        """
+        profile, edited = cls.read(path)
+        if edited:
+            logger.warning(
+                "hardware profile %s: edited by hand since it was measured: %s; its error figures are those of the "
+                "measured values: measure it again with 'autocompress profile' to have them hold",
+                path,
+                ", ".join(edited),
+            )
+        return profile
+
+    @classmethod
+    def read(cls, path: Path) -> tuple[Self, list[str]]:
+        """The profile of a file, and the fields that were edited since it was written."""
+        content = read_mapping(path)
         if content.get("version") != PROFILE_VERSION:
             raise UsageError(
                 f"hardware profile {path}: version {content.get('version')!r}, but this autocompress reads version "
                 f"{PROFILE_VERSION}; measure it again with 'autocompress profile'"
             )
+        if content.get("kind") not in PROFILE_KINDS:
+            raise UsageError(
+                f"hardware profile {path}: kind: {content.get('kind')!r}; it must be one of {', '.join(PROFILE_KINDS)}"
+            )
+        edited = edited_sections(content)
+        content.pop("digest", None)
         try:
-            return cls.model_validate(content)
+            made = import_object(PROFILE_KINDS[content["kind"]]).model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "file"
             more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-            raise UsageError(f"hardware profile {path}: {field}: {first['msg']}{more}") from error
+            raise UsageError(
+                f"hardware profile {path}: {field}: {first['msg']}{more}; correct it or make the profile again with "
+                "'autocompress profile'"
+            ) from error
+        if not isinstance(made, cls):
+            raise UsageError(f"hardware profile {path}: is {made.kind}, where a {cls.__name__} is needed")
+        return made, edited
+
+
+class FittedProfile(HardwareProfile):
+    """A device whose kernels were measured.
+
+    Attributes:
+        nchwc_block: channels the runtime packs together for float32 convolutions (0: it keeps plain NCHW).
+        kernels: the cost of each kernel class, by the names of ``kernels.KINDS``.
+    """
+
+    kind: Literal["fitted"] = "fitted"
+    precisions: tuple[Precision, ...] = Field(default=("fp32", "int8"), min_length=1)
+    channel_step: dict[Precision, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=lambda: {"fp32": 16, "int8": 16}, validate_default=True
+    )
+    nchwc_block: int = Field(default=16, ge=0)
+    kernels: dict[str, KernelCost]
+    end_to_end: EndToEnd = Field(default_factory=EndToEnd)
+    holdout: HoldOut | None = None
+    provenance: Provenance
+    validated: bool = True
+    error_band: float = Field(default=0.15, gt=0, le=10, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _costs_something(self) -> Self:
+        if not any(any(cost.coefficients) for cost in self.kernels.values()):
+            raise ValueError("kernels: all coefficients are zero: no kernel costs nothing")
+        return self
 
 
 def cpu_description() -> str:
@@ -191,6 +296,51 @@ def local_path(runtime: str, runtime_version: str, threads: int, batch: int, cac
     return cache_directory(cache_dir) / "hardware" / name
 
 
+class ProfileCheck(Value):
+    """Something found in a profile; ``level`` says whether it keeps the profile from being used."""
+
+    name: str
+    level: Literal["ok", "warning", "error"]
+    detail: str
+    remedy: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.level != "error"
+
+
+def differences(profile: FittedProfile) -> list[ProfileCheck]:
+    """What sets this machine apart from the one that a profile was measured on."""
+    again = "predictions for this machine need its own profile: 'autocompress profile'"
+    found: list[ProfileCheck] = []
+    here, made_on = cpu_description(), profile.provenance.cpu
+    if here != made_on:
+        detail = f"measured on another processor ({made_on}; here: {here})"
+        found.append(ProfileCheck(name="processor", level="warning", detail=detail, remedy=again))
+    try:
+        installed = version(profile.runtime)
+    except PackageNotFoundError:
+        detail, remedy = f"its runtime {profile.runtime} is not installed here", f"install {profile.runtime}"
+        found.append(ProfileCheck(name="runtime", level="warning", detail=detail, remedy=remedy))
+    else:
+        if installed != profile.runtime_version:
+            detail = f"measured with {profile.runtime} {profile.runtime_version}; installed: {installed}"
+            remedy = (
+                f"measure again with 'autocompress profile', or install {profile.runtime}=={profile.runtime_version}"
+            )
+            found.append(ProfileCheck(name="runtime", level="warning", detail=detail, remedy=remedy))
+    return found
+
+
+def refuse_threads(threads: int, hardware: str) -> None:
+    """Refuses to measure with more threads than this machine has cores."""
+    cores = os.cpu_count() or 1
+    if threads > cores:
+        raise UsageError(
+            f"hardware {hardware}: {threads} threads, but this machine has {cores} cores; ask for at most {cores}"
+        )
+
+
 def list_hardware() -> list[str]:
     """The names ``load_hardware`` takes: ``local`` and the shipped profiles."""
     return [LOCAL, *resource_names("hardware_profiles")]
@@ -200,24 +350,34 @@ def load_hardware(
     hardware: str | Path = LOCAL,
     threads: int | None = None,
     batch: int | None = None,
+    runtime: str | None = None,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> HardwareProfile:
     """The profile of a device.
 
+    One that was measured on another processor or with another version of its runtime is given with a warning.
+
     Args:
         hardware: ``local`` (measured on first use, then cached), the name of a shipped profile, or a YAML file.
-        threads: threads of one run; a stored profile must have been made for as many.
+        threads: threads of one run; a fitted profile must have been made for as many, an analytic one is scaled.
         batch: samples a run; likewise.
+        runtime: what runs the models; a fitted profile must have been made with it.  ``onnxruntime`` for ``local``
+            by default.
         cache_dir: where the local profile is kept, ``AUTOCOMPRESS_CACHE`` or ``~/.cache/autocompress`` by default.
         progress: told how far the measuring is.
 
     Raises:
-        UsageError: no such profile, a broken file, or one made for other threads or another batch.
+        UsageError: no such profile, a broken file, one made for other threads, another batch or another runtime, or
+            more threads than the machine or the device has.
     """
     if hardware == LOCAL:
         from autocompress.hardware.measure import local_profile
 
+        if threads is not None:
+            refuse_threads(threads, "local")
+        if runtime not in (None, "onnxruntime"):
+            raise unknown_name("runtime", str(runtime), ["onnxruntime"])
         return local_profile(threads or 1, batch or 1, cache_dir=cache_dir, progress=progress)
     path = Path(hardware)
     if path.suffix not in (".yaml", ".yml"):
@@ -226,9 +386,16 @@ def load_hardware(
             raise unknown_name("hardware", str(hardware), list_hardware())
         path = found
     profile = HardwareProfile.load(path)
-    for what, given, has in (("threads", threads, profile.threads), ("batch", batch, profile.batch)):
-        if given is not None and given != has:
-            raise UsageError(
-                f"hardware profile {hardware} was made for {what}={has}, not {given}; ask for {has}, or profile again"
-            )
+    profile = profile.at(threads, batch)
+    if not isinstance(profile, FittedProfile):
+        return profile
+    if runtime is not None and runtime != profile.runtime:
+        raise UsageError(
+            f"hardware profile {hardware} was made with {profile.runtime}, not {runtime}; ask for --runtime "
+            f"{profile.runtime}, or profile again"
+        )
+    if profile.provenance.cpu == cpu_description():
+        refuse_threads(profile.threads, str(hardware))
+    for difference in differences(profile):
+        logger.warning("hardware profile %s: %s; %s", hardware, difference.detail, difference.remedy)
     return profile

@@ -9,7 +9,8 @@ import torch
 
 from autocompress.graph.blocks import drop_blocks, find_blocks
 from autocompress.graph.read import read_model
-from autocompress.hardware.cost import FittedCostModel, Skeleton
+from autocompress.hardware.models import CostModel
+from autocompress.hardware.skeleton import Skeleton
 from autocompress.plan import ModelGraph, Original, Student
 from autocompress.tasks.base import Task
 
@@ -35,7 +36,7 @@ class Base:
         return isinstance(self.spec, Student) and self.spec.init == "fresh"
 
 
-def build_student(task: Task, original: Base, spec: Student, cost_model: FittedCostModel, seed: int) -> Base | None:
+def build_student(task: Task, original: Base, spec: Student, cost_model: CostModel, seed: int) -> Base | None:
     """Makes a student's base; None where the task's factory cannot build it or it is no smaller than the original."""
     if spec.init == "inherit":
         graph, weights = drop_blocks(original.graph, spec.dropped), None

@@ -11,7 +11,8 @@ from torch import nn
 
 from autocompress.config import RunConfig
 from autocompress.graph.executor import GraphModule
-from autocompress.hardware.cost import FittedCostModel, Skeleton
+from autocompress.hardware.models import CostModel
+from autocompress.hardware.skeleton import Skeleton
 from autocompress.plan import CompressionPlan, Front, LayerPlan, Original, Student
 from autocompress.progress import Progress
 from autocompress.search.bases import Base
@@ -46,7 +47,7 @@ class Context:
     run: Path
     clock: Clock
     progress: Progress
-    cost_model: FittedCostModel
+    cost_model: CostModel
     original: Base
     dense: GraphModule
     teacher: nn.Module

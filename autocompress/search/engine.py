@@ -19,7 +19,7 @@ from autocompress.config import RunConfig
 from autocompress.errors import InfeasibleError, UsageError
 from autocompress.graph.executor import build_module
 from autocompress.graph.read import read_model
-from autocompress.hardware.cost import FittedCostModel
+from autocompress.hardware.models import cost_model
 from autocompress.hardware.profile import HardwareProfile
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.database import LayerDatabase
@@ -136,8 +136,8 @@ class Engine:
             batches = [(calibration.batch(slice(i, i + 128)).inputs[0],) for i in range(0, len(calibration), 128)]
             database = LayerDatabase(graph, weights, collect(dense, batches, config.seed))
             evaluator = StitchedEvaluator(database, dense, task, config.seed)
-            cost_model = FittedCostModel(self.profile)
-            original = Base(Original(), graph, weights, cost_model.lower(graph))
+            pricer = cost_model(self.profile)
+            original = Base(Original(), graph, weights, pricer.lower(graph))
             error = 1.0 - quality(task, dense)
         with self._stage("calibrate"):
             anchors = calibrate(original, evaluator, self.profile, config, self.run, self.progress)
@@ -155,7 +155,7 @@ class Engine:
             run=self.run,
             clock=self.clock,
             progress=self.progress,
-            cost_model=cost_model,
+            cost_model=pricer,
             original=original,
             dense=dense,
             teacher=self.teacher,

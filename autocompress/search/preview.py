@@ -8,7 +8,7 @@ from typing import Any
 from autocompress.config import RunConfig
 from autocompress.graph.macs import count_macs
 from autocompress.graph.read import read_model
-from autocompress.hardware.cost import FittedCostModel
+from autocompress.hardware.models import cost_model
 from autocompress.hardware.profile import HardwareProfile
 from autocompress.search.menu import Menu
 from autocompress.spaces import SearchSpace
@@ -19,7 +19,7 @@ def preview(config: RunConfig, space: SearchSpace, task: Task, profile: Hardware
     """The model as read, the menu, and what the plans at its corners are predicted to cost."""
     graph, _ = read_model(task.model, task.example_inputs)
     menu = Menu(graph, space, config.freeze, config.origin("freeze"))
-    skeleton = FittedCostModel(profile).lower(graph)
+    skeleton = cost_model(profile).lower(graph)
     corners = {
         "dense fp32": menu.uniform(1.0, "fp32", 32),
         "uniform int8": menu.uniform(1.0, "int8", 8),

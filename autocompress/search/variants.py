@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from autocompress.hardware.cost import Skeleton
+from autocompress.hardware.skeleton import Skeleton
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph
 from autocompress.search.menu import complete
 

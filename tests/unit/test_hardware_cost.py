@@ -10,16 +10,17 @@ import pytest
 from autocompress.errors import UsageError
 from autocompress.graph.rewrite import rewrite
 from autocompress.hardware.calibration import Calibration
-from autocompress.hardware.cost import FORMATS, FittedCostModel, Skeleton
+from autocompress.hardware.cost import FittedCostModel
 from autocompress.hardware.kernels import FAMILIES, KINDS
-from autocompress.hardware.profile import EndToEnd, HardwareProfile, KernelCost, Provenance
+from autocompress.hardware.profile import EndToEnd, FittedProfile, KernelCost, Provenance
+from autocompress.hardware.skeleton import FORMATS, Skeleton
 from autocompress.hardware.synthetic import INT8, GraphMaker
 from autocompress.plan import INT4_WEIGHT, CompressionPlan, Group, LayerPlan, Member, ModelGraph, Student
 
 PROVENANCE = Provenance(measured_at="2026-01-01T00:00:00+00:00", seconds=1.0, cpu="test", cores=1, system="test")
 
 
-def make_profile(**kernels: KernelCost) -> HardwareProfile:
+def make_profile(**kernels: KernelCost) -> FittedProfile:
     """Heavy kernels cost by their work, light ones by their bytes; int8 is four times as fast."""
     table = {
         kind: KernelCost(
@@ -29,7 +30,7 @@ def make_profile(**kernels: KernelCost) -> HardwareProfile:
         )
         for kind, family in KINDS.items()
     }
-    return HardwareProfile(
+    return FittedProfile(
         name="made-up",
         runtime_version="1.0",
         threads=1,

@@ -9,7 +9,7 @@ import pytest
 from autocompress.errors import UsageError
 from autocompress.hardware import profile as profiles
 from autocompress.hardware.profile import (
-    HardwareProfile,
+    FittedProfile,
     KernelCost,
     Provenance,
     list_hardware,
@@ -19,8 +19,8 @@ from autocompress.hardware.profile import (
 
 
 @pytest.fixture
-def profile() -> HardwareProfile:
-    return HardwareProfile(
+def profile() -> FittedProfile:
+    return FittedProfile(
         name="bench",
         runtime_version="1.0",
         threads=1,
@@ -30,9 +30,9 @@ def profile() -> HardwareProfile:
     )
 
 
-def test_yaml_round_trip(profile: HardwareProfile, tmp_path: Path) -> None:
+def test_yaml_round_trip(profile: FittedProfile, tmp_path: Path) -> None:
     path = profile.save(tmp_path / "deep" / "bench.yaml")
-    assert HardwareProfile.load(path) == profile
+    assert FittedProfile.load(path) == profile
     assert [p.name for p in path.parent.iterdir()] == ["bench.yaml"], "nothing temporary is left behind"
     assert load_hardware(str(path)) == profile
 
@@ -43,7 +43,7 @@ def test_yaml_round_trip(profile: HardwareProfile, tmp_path: Path) -> None:
         ("kernels: [", "not valid YAML"),
         ("- 1\n- 2\n", "expected a mapping"),
         ("version: 99\n", "version 99"),
-        ("version: 1\nname: x\n", "runtime_version"),
+        ("version: 2\nkind: fitted\nname: x\n", "runtime_version"),
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )
@@ -55,7 +55,7 @@ def test_broken_file_says_what_is_wrong(content: str, says: str, tmp_path: Path)
     assert "broken.yaml" in str(caught.value)
 
 
-def test_negative_coefficient_is_named(profile: HardwareProfile, tmp_path: Path) -> None:
+def test_negative_coefficient_is_named(profile: FittedProfile, tmp_path: Path) -> None:
     path = profile.save(tmp_path / "bench.yaml")
     path.write_text(path.read_text().replace("7.25", "-7.25"))
     with pytest.raises(UsageError, match=r"kernels\.conv_fp32\.per_mmac_us"):
@@ -70,7 +70,7 @@ def test_missing_file_and_unknown_name(tmp_path: Path) -> None:
     assert list_hardware()[0] == "local"
 
 
-def test_threads_and_batch_must_match(profile: HardwareProfile, tmp_path: Path) -> None:
+def test_threads_and_batch_must_match(profile: FittedProfile, tmp_path: Path) -> None:
     path = profile.save(tmp_path / "bench.yaml")
     assert load_hardware(path, threads=1, batch=1) == profile
     with pytest.raises(UsageError, match="threads=1, not 4"):
@@ -78,7 +78,7 @@ def test_threads_and_batch_must_match(profile: HardwareProfile, tmp_path: Path) 
 
 
 def test_local_profile_is_read_from_its_cache(
-    profile: HardwareProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    profile: FittedProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure = pytest.importorskip("autocompress.hardware.measure")
     monkeypatch.setenv("AUTOCOMPRESS_CACHE", str(tmp_path))
