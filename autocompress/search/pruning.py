@@ -3,7 +3,8 @@
 One rule: an option goes where another one of its knob keeps at least as many channels, computes and stores in at least
 as many bits, and costs no more in anything that counts (the objectives and the budgets), whatever the other knobs
 choose.  Costs are the cost model's, over several backgrounds that the other knobs may form.  "No more" means exactly
-alike (the same padded kernels) or dearer, and where it is time by more than the model's error on what the knob decides, so near ties stay.
+alike (the same padded kernels) or dearer, and where it is time by more than the model's error on what the knob decides,
+so that near ties stay.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from autocompress.hardware.cost import PriceTable, Skeleton
+from autocompress.config import RunConfig
+from autocompress.hardware.skeleton import PriceTable, Skeleton
 from autocompress.methods.quantization import fused_output
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph
 from autocompress.search.menu import Menu, Option
@@ -58,6 +60,11 @@ def prune(menu: Menu, skeleton: Skeleton, costs: Collection[str], executed: Coll
     return menu.reduced(keep, explain(menu.knobs, found, where))
 
 
+def counted_costs(config: RunConfig, limits: Collection[str]) -> list[str]:
+    """The costs that count in a run: its objectives, and whatever has a budget."""
+    return sorted({*config.objectives, *limits} - {"error", "drop"})
+
+
 def _executable(menu: Menu, executed: Collection[str], where: str) -> Menu:
     keep: dict[str, list[Option]] = {}
     reasons: dict[str, str] = {}
@@ -70,7 +77,9 @@ def _executable(menu: Menu, executed: Collection[str], where: str) -> Menu:
             keep[knob.name] = left
             reasons[knob.name] = f"{', '.join(lost)}: not executed on {where}, which computes in {', '.join(executed)}"
         else:
-            reasons[knob.name] = f"kept, though {where} computes in {', '.join(executed)}: the layer offers nothing else"
+            reasons[knob.name] = (
+                f"kept, though {where} computes in {', '.join(executed)}: the layer offers nothing else"
+            )
     return menu.reduced(keep, reasons)
 
 

@@ -46,7 +46,9 @@ def explain(knobs: Sequence[Knob], found: Sequence[Sequence[Dominance]], where: 
     common = _lost_everywhere(knobs, found)
     reasons = {}
     if common:
-        shared = [f"{format_words(form)}: {_reason(knob.options, item, where)}" for form, (knob, item) in common.items()]
+        shared = [
+            f"{format_words(form)}: {_reason(knob.options, item, where)}" for form, (knob, item) in common.items()
+        ]
         reasons[EVERYWHERE] = "; ".join(shared)
     for knob, gone in zip(knobs, found, strict=True):
         parts = _parts(knob, [item for item in gone if knob.options[item.option].format not in common], where, common)
@@ -118,5 +120,5 @@ def _reason(options: Sequence[Option], item: Dominance, where: str) -> str:
 
 def format_words(form: LayerPlan) -> str:
     """``fp32``, ``int8``, ``int8 with 4-bit weights``."""
-    own = 32 if form.compute == "fp32" else 16 if form.compute == "fp16" else 8
+    own = 32 if form.compute == "fp32" else 8
     return form.compute if form.storage.bits == own else f"{form.compute} with {form.storage.bits}-bit weights"
