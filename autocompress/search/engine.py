@@ -35,10 +35,10 @@ from autocompress.search.evaluate import StitchedEvaluator
 from autocompress.search.files import Clock, read_json, write_text
 from autocompress.search.ladder import best_gain
 from autocompress.search.menu import Menu, complete, format_of
-from autocompress.search.pruning import counted_costs, prune
+from autocompress.search.pruning import prune
 from autocompress.search.seeds import FORMATS, Sensitivity, dp_front, measure_sensitivity, uniform_seeds
 from autocompress.search.study import PlanStudy, Scored
-from autocompress.search.target import is_present, limits_of, predicted_limits, target_of
+from autocompress.search.target import counted_costs, executed_types, is_present, limits_of, predicted_limits, target_of
 from autocompress.search.variants import variants
 from autocompress.spaces import SearchSpace
 from autocompress.tasks.base import Task, quality
@@ -140,10 +140,10 @@ class Engine:
             feedback = None
             if self.present:
                 feedback = calibrate(original, evaluator, menu, self.profile, config, self.run, self.progress)
-            counted = counted_costs(config, self.limits)
-            menu = prune(menu, original.skeleton, counted, self.profile.precisions)
-            write_text(self.run / "space.json", json.dumps(menu.describe(), indent=1))
             estimate = original.skeleton.estimate(CompressionPlan())
+            counted = counted_costs(config, self.limits, estimate)
+            menu = prune(menu, original.skeleton, counted, executed_types(self.profile))
+            write_text(self.run / "space.json", json.dumps(menu.describe(), indent=1))
             hard = predicted_limits(self.limits, estimate, self.present, PREDICTION_MARGIN)
             self._check_reachable(menu, original)
         with self._stage("baselines"):

@@ -14,8 +14,8 @@ from autocompress.hardware.skeleton import Skeleton
 from autocompress.plan import CompressionPlan
 from autocompress.search.context import prices
 from autocompress.search.menu import Menu
-from autocompress.search.pruning import counted_costs, prune
-from autocompress.search.target import is_present, limits_of
+from autocompress.search.pruning import prune
+from autocompress.search.target import counted_costs, executed_types, is_present, limits_of
 from autocompress.spaces import SearchSpace
 from autocompress.tasks.base import Task
 
@@ -26,7 +26,8 @@ def preview(config: RunConfig, space: SearchSpace, task: Task, profile: Hardware
     menu = Menu(graph, space, config.freeze, config.origin("freeze"))
     skeleton = cost_model(profile).lower(graph)
     limits = limits_of(config, profile)
-    menu = prune(menu, skeleton, counted_costs(config, limits), profile.precisions)
+    counted = counted_costs(config, limits, skeleton.estimate(CompressionPlan()))
+    menu = prune(menu, skeleton, counted, executed_types(profile))
     corners = {
         "dense fp32": menu.uniform(1.0, "fp32", 32),
         "uniform int8": menu.uniform(1.0, "int8", 8),

@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from autocompress.config import RunConfig
 from autocompress.hardware.skeleton import PriceTable, Skeleton
 from autocompress.methods.quantization import fused_output
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph
@@ -36,13 +35,13 @@ TIMED = frozenset({"latency_ms", "energy_mj"})
 """Costs that go with kernels, so that a kernel never measured makes them a guess."""
 
 
-def prune(menu: Menu, skeleton: Skeleton, costs: Collection[str], executed: Collection[str] | None = None) -> Menu:
+def prune(menu: Menu, skeleton: Skeleton, costs: Sequence[str], executed: Collection[str] | None = None) -> Menu:
     """The menu without the options that the device cannot execute and those that cannot pay there.
 
     Args:
         menu: over the skeleton's graph.
         skeleton: prices plans on the device.
-        costs: what counts: the objectives beside the error, and the costs with a budget.
+        costs: what counts: the objectives beside the error, and the costs with a budget; reasons name them in order.
         executed: the types the device computes in; None where that is not known.
 
     Returns:
@@ -51,18 +50,13 @@ def prune(menu: Menu, skeleton: Skeleton, costs: Collection[str], executed: Coll
     where = skeleton.profile.name
     if executed is not None:
         menu = _executable(menu, executed, where)
-    table = _Costs(menu, skeleton, sorted(costs))
+    table = _Costs(menu, skeleton, costs)
     found = [table.dominated(place) for place in range(len(menu.knobs))]
     keep = {}
     for knob, gone in zip(menu.knobs, found, strict=True):
         lost = {item.option for item in gone}
         keep[knob.name] = [option for i, option in enumerate(knob.options) if i not in lost]
     return menu.reduced(keep, explain(menu.knobs, found, where))
-
-
-def counted_costs(config: RunConfig, limits: Collection[str]) -> list[str]:
-    """The costs that count in a run: its objectives, and whatever has a budget."""
-    return sorted({*config.objectives, *limits} - {"error", "drop"})
 
 
 def _executable(menu: Menu, executed: Collection[str], where: str) -> Menu:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from autocompress.config import RunConfig
+from collections.abc import Mapping
+
+from autocompress.config import OBJECTIVES, RunConfig
 from autocompress.errors import UsageError
+from autocompress.hardware.analytic_profile import AnalyticProfile
 from autocompress.hardware.profile import LOCAL, FittedProfile, HardwareProfile, cpu_description
-from autocompress.plan import Estimate, Target
+from autocompress.plan import Compute, Estimate, Target
 
 BANDED = ("latency_ms", "energy_mj", "peak_memory_bytes")
 """Costs that only a measurement makes certain: of a device that is not here, budgets hold on the band's upper end."""
+
+PLANNED: tuple[Compute, ...] = ("fp32", "int8")
 
 
 def is_present(config: RunConfig, profile: HardwareProfile) -> bool:
@@ -45,6 +50,23 @@ def predicted_limits(limits: dict[str, float], dense: Estimate, present: bool, m
         elif present and name == "latency_ms":
             hard[name] /= margin
     return hard
+
+
+def counted_costs(config: RunConfig, limits: Mapping[str, float], dense: Estimate) -> list[str]:
+    """The costs that count, latency first: the objectives, the budgets, and the limits that the original breaks.
+
+    What the device can hold does not count where the original already keeps well within it.
+    """
+    binding = {name for name in limits if name in dense.costs and dense.costs[name].high > limits[name]}
+    counted = {*config.objectives, *config.budgets, *binding} - {"error", "drop"}
+    return sorted(counted, key=OBJECTIVES.index)
+
+
+def executed_types(profile: HardwareProfile) -> tuple[str, ...]:
+    """The types a layer may be planned in on the device: those it computes in, or hands to something that does."""
+    if isinstance(profile, AnalyticProfile):
+        return tuple(t for t in PLANNED if profile.host is not None or profile.executed(t) is not None)
+    return tuple(t for t in PLANNED if t in profile.precisions)
 
 
 def check_known(config: RunConfig, profile: HardwareProfile) -> None:

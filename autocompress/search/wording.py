@@ -106,7 +106,8 @@ def _reason(options: Sequence[Option], item: Dominance, where: str) -> str:
         than.append(str(by.keep))
     if by.format != option.format:
         than.append(format_words(by.format))
-    worse = " and ".join(f"no {_WORSE[name][0]}" for name, _, _ in item.costs)
+    *first, last = (f"no {_WORSE[name][0]}" for name, _, _ in item.costs)
+    worse = f"{', '.join(first)} and {last}" if first else last
     name, ours, theirs = item.costs[0]
     ours_text, theirs_text = (_WORSE[name][1](value) for value in (ours, theirs))
     if ours_text == theirs_text:
