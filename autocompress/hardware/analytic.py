@@ -46,7 +46,8 @@ class AnalyticCostModel:
         macs = float(work.macs) or float(work.written_bytes) / WIDTH["int8" if wanted == "int8" else "fp32"]
         weights = float(work.weight_bytes)
         if precision is not None:
-            return float(self._roofline.kernel_us(op_class, precision, macs, moved, weights))
+            fixed = self._roofline.weights_us_per_byte(weights) if self.profile.weights_gb_per_s else None
+            return float(self._roofline.kernel_us(op_class, precision, macs, moved, weights, fixed))
         if self.profile.host is not None:
             return float(self._roofline.host_us(macs, moved, weights))
         if op_class == "elementwise":
@@ -57,7 +58,9 @@ class AnalyticCostModel:
 
     def run_us(self, weight_bytes: float) -> float:
         """Microseconds of a run beside its kernels', for a model with so many bytes of weights."""
-        extra = self._roofline.weights_us_per_byte(weight_bytes) - self._roofline.us_per_byte(0.0)
+        extra = 0.0
+        if self.profile.weights_gb_per_s is None:
+            extra = self._roofline.weights_us_per_byte(weight_bytes) - self._roofline.us_per_byte(0.0)
         return self._roofline.run_us + self.profile.scale_compute * weight_bytes * max(0.0, float(extra))
 
 
@@ -106,6 +109,10 @@ class AnalyticSkeleton(Skeleton):
             found.append(
                 f"does not fit: the file takes {format_bytes(size)} of flash, {self.profile.name} has "
                 f"{format_bytes(memory.flash_bytes)}"
+            )
+        if self.profile.floats_as is not None and any(self._formats[code].compute == "fp32" for code in formats):
+            found.append(
+                f"layers in fp32 run in what stands in for it on {self.profile.name}: {self.profile.floats_as}"
             )
         hosted = [
             n for n, code in zip(self.layer_names, formats, strict=True) if self._variants[code].precision is None

@@ -241,7 +241,7 @@ class HardwareProfile(Value):
                 "'autocompress profile'"
             ) from error
         if not isinstance(made, cls):
-            raise UsageError(f"hardware profile {path}: is {made.kind}, where a {cls.__name__} is needed")
+            raise UsageError(f"hardware profile {path}: is {made.kind}, where another kind is needed ({cls.__name__})")
         return made, edited
 
 
