@@ -81,7 +81,7 @@ def verify_path(path: Path, load: Callable[[RunConfig], Task], progress: Progres
             running.append(point)
         progress.advance()
     if not front.front.verified:
-        return checks + _predictions(front, running)
+        return checks + predictions(front, running)
     return checks + _latencies(front, running, progress)
 
 
@@ -172,7 +172,7 @@ def _latencies(front: LoadedFront, points: list[Point], progress: Progress) -> l
     return checks
 
 
-def _predictions(front: LoadedFront, points: list[Point]) -> list[Check]:
+def predictions(front: LoadedFront, points: list[Point]) -> list[Check]:
     """Where the target is not here: whether the run's own profile predicts again what was written, and the budget."""
     from autocompress.export.checkpoint import load_compressed
     from autocompress.hardware.models import cost_model

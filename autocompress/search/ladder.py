@@ -70,7 +70,7 @@ def box(drop: float, costs: Mapping[str, float], reference: Mapping[str, float],
         span: the drop in points that is worth nothing.
     """
     gains = [
-        min(math.log2(reference[name] / max(cost, 1e-12)) / _SPANS.get(name, SPEED_SPAN), 1.0)
+        min(math.log2(max(reference[name], 1e-12) / max(cost, 1e-12)) / _SPANS.get(name, SPEED_SPAN), 1.0)
         for name, cost in list(costs.items())[:MOST_AXES]
     ]
     return [max(0.0, drop) * 100.0 / span, *(1.0 - gain for gain in gains)]
