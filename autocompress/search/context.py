@@ -40,7 +40,7 @@ class Context:
         teacher: the caller's module that candidates are distilled from.
         error: the original's, on the validation split.
         hard: budgets that predictions are held to, by cost name.
-        reference: the original's costs, by name.
+        reference: the original's predicted costs, by name.
         feedback: what delivered models were measured at corrects the prices; None where nothing is measured.
         publish: brings the run directory up to date and gives the front.
     """
