@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import shutil
 import time
@@ -20,11 +21,16 @@ from autocompress.progress import Progress, SilentProgress
 from autocompress.rundir import open_run_directory
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
+    from autocompress.hardware.predict import Prediction
+    from autocompress.hardware.profile import HardwareProfile
+    from autocompress.plan import Estimate
     from autocompress.tasks.base import Task
 
-__all__ = ["load_front", "load_point", "report", "search", "verify"]
+__all__ = ["calibrate", "load_front", "load_point", "predict", "profile", "report", "search", "verify"]
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +203,130 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> list[Any]:
     return verify_path(
         Path(path), lambda config: task_of(config, progress or SilentProgress()), progress or SilentProgress()
     )
+
+
+def profile(
+    *,
+    runtime: str = RUNTIME,
+    threads: int = 1,
+    batch: int = 1,
+    out: str | Path | None = None,
+    refresh: bool = False,
+    progress: Progress | None = None,
+) -> HardwareProfile:
+    """The profile of this machine, measured where it is not known yet and kept in the cache.
+
+    Args:
+        runtime: whose kernels are timed.
+        threads: threads of one run; no more than the machine has cores.
+        batch: samples of one run.
+        out: a YAML file to write it to as well, in a folder that exists.
+        refresh: measure again; the old profile stays until the new one is complete.
+        progress: told how far the measuring is.
+
+    >>> autocompress.profile(threads=2, out="my-laptop.yaml").holdout  # doctest: +SKIP
+    """
+    from autocompress.hardware.profile import LOCAL, refuse_threads
+    from autocompress.runtime.base import load_runtime
+
+    load_runtime(runtime)
+    refuse_threads(threads, LOCAL)
+    if out is not None:
+        _check_target(Path(out))
+    from autocompress.hardware.measure import local_profile
+
+    made = local_profile(threads, batch, refresh=refresh, progress=progress, runtime=runtime)
+    if out is not None:
+        made.save(Path(out))
+    return made
+
+
+def calibrate(
+    measurements: str | Path,
+    hardware: str | Path,
+    *,
+    out: str | Path | None = None,
+    threads: int | None = None,
+    batch: int | None = None,
+) -> HardwareProfile:
+    """The analytic profile of a device, rescaled to what you measured on it.
+
+    Args:
+        measurements: a YAML list of ``{model: FILE.onnx, latency_ms: X}``, two at least; paths are from its folder.
+        hardware: the profile to start from: a shipped name or a YAML file.
+        out: a YAML file to write the new profile to, in a folder that exists.
+        threads: threads of the measured runs; the profile's by default.
+        batch: samples of the measured runs; likewise.
+    """
+    from autocompress.hardware.analytic_calibration import calibrate_profile, read_measurements
+    from autocompress.hardware.predict import predict_onnx
+    from autocompress.hardware.profile import load_hardware
+
+    if out is not None:
+        _check_target(Path(out))
+    found = read_measurements(Path(measurements))
+    made = calibrate_profile(load_hardware(hardware, threads, batch), found, predict_onnx)
+    if out is not None:
+        made.save(Path(out))
+    return made
+
+
+def predict(
+    model: str | Path,
+    hardware: str | Path = "local",
+    *,
+    threads: int | None = None,
+    batch: int | None = None,
+    runtime: str | None = None,
+    dims: Mapping[str, int] | None = None,
+    progress: Progress | None = None,
+) -> Estimate:
+    """What a model is predicted to cost on a device; the model is not measured.
+
+    Args:
+        model: an ONNX file, or a delivered point: ``RUN/models/ID`` or the ``plan.json`` in it.
+        hardware: ``local``, a name of ``autocompress list hardware``, or a profile's YAML file.
+        threads: threads of one run; the profile's by default.
+        batch: samples of one run; likewise.
+        runtime: what runs the model; likewise, ``onnxruntime`` for ``local``.
+        dims: sizes of axes that an ONNX file leaves open, by name; an open first axis takes the batch.
+        progress: told how far the measuring of this machine is, where it is not known yet.
+
+    >>> autocompress.predict("model.onnx").costs["latency_ms"]  # doctest: +SKIP
+    """
+    return predict_in_detail(
+        model, hardware, threads=threads, batch=batch, runtime=runtime, dims=dims, progress=progress
+    ).estimate
+
+
+def predict_in_detail(
+    model: str | Path,
+    hardware: str | Path = "local",
+    *,
+    threads: int | None = None,
+    batch: int | None = None,
+    runtime: str | None = None,
+    dims: Mapping[str, int] | None = None,
+    progress: Progress | None = None,
+) -> Prediction:
+    """As :func:`predict`, with the class and the time of each kernel."""
+    from autocompress.hardware.predict import check_path, predict_path
+    from autocompress.hardware.profile import load_hardware
+
+    path = Path(model)
+    check_path(path)
+    device = load_hardware(hardware, threads, batch, runtime, progress=progress)
+    return predict_path(path, device, dims=dims)
+
+
+def _check_target(path: Path) -> None:
+    """What would only fail after a minute of measuring is found before it."""
+    if path.is_dir():
+        raise UsageError(f"--out: {str(path)!r} is a folder; give a file in it, such as {str(path / 'profile.yaml')!r}")
+    if not path.parent.is_dir():
+        raise UsageError(f"--out: there is no folder {str(path.parent)!r}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"--out: cannot write to {str(path.parent)!r}; choose another folder")
 
 
 def _write_environment(run: Path) -> None:

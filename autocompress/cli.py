@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from autocompress import cli_hardware
+from autocompress.cli_options import CHECKS_FAILED, INTERRUPTED, AsJson
+from autocompress.cli_options import console as _console
 from autocompress.config import RunConfig, load_config
 from autocompress.errors import AutocompressError, InfeasibleError, UsageError, unknown_name
 from autocompress.version import __version__
 
 if TYPE_CHECKING:
     from autocompress.front import LoadedFront, Preference
-
-INTERRUPTED = 130
-CHECKS_FAILED = 1
 
 
 class _Commands(TyperGroup):
@@ -88,7 +87,6 @@ def _flag(key: str, *names: str, metavar: str | None = None) -> Any:
     )
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 Run = Annotated[Path, typer.Argument(help="The run directory.", metavar="RUN", show_default=False)]
 
 
@@ -294,6 +292,10 @@ def verify(
         raise typer.Exit(CHECKS_FAILED)
 
 
+app.command(epilog=cli_hardware.PROFILE_CODES)(cli_hardware.profile)
+app.command()(cli_hardware.predict)
+
+
 @app.command()
 def report(run: Run) -> None:
     """Write report.html of a run anew: one page that needs nothing else. Works while the run goes on, too."""
@@ -349,11 +351,6 @@ def _methods() -> dict[str, str]:
     return {name: SUMMARIES.get(name, f"from {METHODS[name]}") for name in METHODS}
 
 
-def _hardware() -> dict[str, str]:
-    found = {"local": "this machine, measured once and cached"}
-    return found | _described("hardware_profiles")
-
-
 def _spaces() -> dict[str, str]:
     return _described("search_spaces")
 
@@ -370,18 +367,12 @@ _LISTS: dict[str, Callable[[], dict[str, str]]] = {
     "tasks": _tasks,
     "models": _models,
     "methods": _methods,
-    "hardware": _hardware,
+    "hardware": cli_hardware.describe_hardware,
     "spaces": _spaces,
 }
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
-
-
-def _console(*, error: bool = False) -> Console:
-    # A pipe has no width: rich would take 80 columns and fold the tables that are read by other programs.
-    console = Console(stderr=error, soft_wrap=False)
-    return console if console.is_terminal else Console(stderr=error, width=200)
 
 
 def _show_front(front: LoadedFront) -> None:

@@ -13,13 +13,17 @@ from autocompress.hardware.analytic_profile import AnalyticProfile, Published
 from autocompress.hardware.models import cost_model
 from autocompress.hardware.profile import list_hardware, load_hardware
 from autocompress.plan import INT8_WEIGHT, CompressionPlan, LayerPlan, ModelGraph
+from autocompress.tasks.registry import MODELS
 from autocompress.tasks.vision import import_torchvision
 
 
 @cache
 def graph_of(model: str, resolution: int) -> ModelGraph:
-    """A torchvision model by the name in a profile, ``NAME of width W`` included, with random weights."""
+    """A model by its name in a profile: one of the project's or torchvision's, ``NAME of width W`` included."""
     name, _, width = model.partition(" of width ")
+    if name in MODELS:
+        own: nn.Module = MODELS.load(name)(classes=10, channels=3).eval()
+        return read_model(own, (torch.zeros(1, 3, resolution, resolution),))[0]
     models = import_torchvision().models
     arguments: dict[str, float | bool] = {"width_mult": float(width)} if width else {}
     if name == "googlenet":

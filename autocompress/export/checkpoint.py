@@ -95,6 +95,20 @@ def load_compressed(directory: Path | str) -> CompressedModel:
     return CompressedModel(graph=graph, weights=weights, plan=plan, weight_scales=scales, ranges=description.ranges)
 
 
+def read_plan(path: Path | str) -> tuple[ModelGraph, CompressionPlan]:
+    """What a delivered model is, without its numbers: its graph, already cut to the plan's widths, and its plan.
+
+    Args:
+        path: the folder of a delivered model, or the ``plan.json`` in it.
+
+    Raises:
+        UsageError: the file is missing, unreadable or of another version.
+    """
+    given = Path(path)
+    description = _read_description(given / PLAN if given.is_dir() else given)
+    return description.graph, description.plan
+
+
 def _affine(graph: ModelGraph, plan: CompressionPlan) -> dict[str, tuple[Layer, LayerPlan]]:
     """For each weight stored as integers, the (first) layer that says how."""
     found: dict[str, tuple[Layer, LayerPlan]] = {}

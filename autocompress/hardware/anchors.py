@@ -14,12 +14,13 @@ from autocompress.hardware.synthetic import INT8, random_weights, with_ranges
 from autocompress.methods.quantization import activation_formats
 from autocompress.plan import CompressionPlan, Group, LayerPlan, ModelGraph
 from autocompress.progress import Progress
+from autocompress.runtime.base import DEFAULT_RUNTIME
 
 
 def anchor_plans(graph: ModelGraph, seed: int = 0, count: int = 10) -> list[CompressionPlan]:
     """Plans that cover the kernels a search of this model meets: both types, wide and narrow, alone and mixed.
 
-    Every group keeps a multiple of its ``align``.
+    Every group keeps a count on the grid of ``on_grid``.
 
     Args:
         graph: the model.
@@ -48,7 +49,7 @@ def anchor_plans(graph: ModelGraph, seed: int = 0, count: int = 10) -> list[Comp
                 current = not current
             if current:
                 layers[name] = INT8
-        made.append(_plan(graph, {g.id: _keep(g, float(rng.uniform(0.25, 1.0))) for g in graph.groups}, layers))
+        made.append(_plan(graph, {g.id: on_grid(g, float(rng.uniform(0.25, 1.0))) for g in graph.groups}, layers))
     unique = {plan.structure_digest: plan for plan in made}
     return list(unique.values())[:count]
 
@@ -59,12 +60,15 @@ def _plan(graph: ModelGraph, keeps: Mapping[str, int], layers: Mapping[str, Laye
 
 
 def _uniform(graph: ModelGraph, share: float) -> dict[str, int]:
-    return {group.id: _keep(group, share) for group in graph.groups}
+    return {group.id: on_grid(group, share) for group in graph.groups}
 
 
-def _keep(group: Group, share: float) -> int:
-    """The multiple of the group's alignment nearest to a share of it, at least one and at most all of it."""
-    step = max(1, group.align)
+def on_grid(group: Group, share: float) -> int:
+    """The count nearest to a share of a group that a search offers: a multiple of 8, or of 4 in small groups.
+
+    Runtimes waste time off that grid; a group's own alignment is kept too.
+    """
+    step = max(group.align, 8 if group.size > 32 else 4)
     return min(group.size, max(min(step, group.size), round(share * group.size / step) * step))
 
 
@@ -78,6 +82,7 @@ def measure_plans(
     constants: Mapping[str, torch.Tensor] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    runtime: str = DEFAULT_RUNTIME,
 ) -> list[tuple[CompressionPlan, float, float]]:
     """Exports plans with random weights and times them: what ``Skeleton.calibrate`` takes.
 
@@ -91,6 +96,7 @@ def measure_plans(
             that is not a floating-point matrix is used.
         seed: of the random weights.
         progress: told how far it is.
+        runtime: where they are timed.
 
     Returns:
         ``(plan, median latency in ms, bytes of the file)`` in the order given.
@@ -109,5 +115,7 @@ def measure_plans(
             name = str(index)
             paths[name] = Path(folder) / f"{name}.onnx"
             sizes[name] = write_onnx(compressed, paths[name])
-        measured = measure_latency(paths, threads=threads, batch=batch, seconds_each=seconds_each, progress=progress)
+        measured = measure_latency(
+            paths, threads=threads, batch=batch, seconds_each=seconds_each, progress=progress, runtime=runtime
+        )
     return [(plan, measured[str(i)].median_ms, float(sizes[str(i)])) for i, plan in enumerate(plans)]

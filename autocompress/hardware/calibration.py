@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy.optimize import lsq_linear
 
 from autocompress.hardware.kernels import FAMILIES, MEMORY
+from autocompress.plan import CompressionPlan
+
+if TYPE_CHECKING:
+    from autocompress.hardware.reading import TimedKernel
 
 SIZE_COUNTS = ("file", "int8_layers", "int8_tensors", "packed_layers", "int4_layers")
 """What the bytes of an artifact beside its stored numbers depend on: names, nodes, scales."""
@@ -24,6 +30,15 @@ _NOISE = 0.05
 """What the kernels' costs miss of a whole model, as a fraction: nearer than this no observation is followed."""
 
 
+class Observation(NamedTuple):
+    """A plan that was exported and measured: milliseconds, bytes of the file, and its kernels where it was profiled."""
+
+    plan: CompressionPlan
+    latency_ms: float
+    size_bytes: float
+    kernels: Sequence[TimedKernel] = ()
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Scales by family, a correction a kernel, a constant a run; the same for the size.
@@ -31,7 +46,7 @@ class Calibration:
     Attributes:
         band: half the width of the error band on latency, as a fraction.
         size_band: the same for the size.
-        errors: relative leave-one-out errors of the latency at the anchors.
+        errors: relative errors of the latency at the observations, each left out in turn.
         observations: how many artifacts were measured.
     """
 
@@ -46,10 +61,7 @@ class Calibration:
 
 
 def fit_latency(
-    family_us: np.ndarray,
-    kernels: np.ndarray,
-    latency_us: np.ndarray,
-    prior: Calibration,
+    family_us: np.ndarray, kernels: np.ndarray, latency_us: np.ndarray, prior: Calibration, trust: float = 1.0
 ) -> tuple[tuple[float, ...], float, float]:
     """Least squares on relative errors, drawn towards the prior; scales stay non-negative.
 
@@ -58,17 +70,18 @@ def fit_latency(
         kernels: ``[models]`` numbers of kernels.
         latency_us: ``[models]`` measured.
         prior: what holds as long as the observations say nothing else.
+        trust: how many times nearer than a device profile alone the kernel times come.
 
     Returns:
         The scales, microseconds a kernel, microseconds a run.
     """
     columns = np.column_stack([family_us, kernels, np.ones(len(kernels))])
-    rows = columns / latency_us[:, None] / _NOISE
+    rows = columns / latency_us[:, None] / (_NOISE / trust)
     centre = np.array([*prior.scales, prior.per_kernel_us, prior.per_run_us])
     families = family_us.shape[1]
-    width = np.array([*_SCALE_SPREAD.values(), _PER_KERNEL_SPREAD_US, _PER_RUN_SPREAD_US])
+    width = np.array([*(s / trust for s in _SCALE_SPREAD.values()), _PER_KERNEL_SPREAD_US, _PER_RUN_SPREAD_US])
     left = np.vstack([rows, np.diag(1.0 / width)])
-    right = np.concatenate([np.full(len(kernels), 1.0 / _NOISE), centre / width])
+    right = np.concatenate([np.full(len(kernels), trust / _NOISE), centre / width])
     low = np.array([0.0] * families + [-np.inf, -np.inf])
     solution = lsq_linear(left, right, bounds=(low, np.full(len(centre), np.inf))).x
     return tuple(float(s) for s in solution[:families]), float(solution[-2]), float(solution[-1])
@@ -84,39 +97,6 @@ def fit_size(
     return tuple(float(c) for c in lsq_linear(left, right, bounds=(0.0, np.inf)).x)
 
 
-def fit_calibration(
-    *,
-    family_us: np.ndarray,
-    kernels: np.ndarray,
-    latency_us: np.ndarray,
-    size_payload: np.ndarray,
-    size_counts: np.ndarray,
-    size_bytes: np.ndarray,
-    prior: Calibration,
-    floor: float,
-) -> Calibration:
-    """The correction for one model, with bands from leaving each observation out in turn."""
-    count = len(latency_us)
-    scales, per_kernel, per_run = fit_latency(family_us, kernels, latency_us, prior)
-    size = fit_size(size_payload, size_counts, size_bytes, prior.size_coefficients)
-    errors, size_errors = [], []
-    for left_out in range(count) if count > 2 else ():
-        rest = np.arange(count) != left_out
-        s, k, r = fit_latency(family_us[rest], kernels[rest], latency_us[rest], prior)
-        predicted = float(family_us[left_out] @ np.array(s) + k * kernels[left_out] + r)
-        errors.append(float(predicted / latency_us[left_out]) - 1.0)
-        c = fit_size(size_payload[rest], size_counts[rest], size_bytes[rest], prior.size_coefficients)
-        expected = float(size_payload[left_out] + size_counts[left_out] @ np.array(c))
-        size_errors.append(expected / float(size_bytes[left_out]) - 1.0)
-    spread = 2.0 * float(np.sqrt(np.mean(np.square(errors)))) if errors else prior.band
-    size_spread = 2.0 * float(np.sqrt(np.mean(np.square(size_errors)))) if size_errors else prior.size_band
-    return Calibration(
-        scales=scales,
-        per_kernel_us=per_kernel,
-        per_run_us=per_run,
-        size_coefficients=size,
-        band=max(spread, floor),
-        size_band=max(size_spread, 0.002),
-        errors=tuple(errors),
-        observations=count,
-    )
+def spread_of(errors: Sequence[float], otherwise: float) -> float:
+    """Half the width of a band that holds about 95% of such errors."""
+    return 2.0 * float(np.sqrt(np.mean(np.square(errors)))) if len(errors) else otherwise

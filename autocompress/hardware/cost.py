@@ -7,21 +7,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from autocompress.errors import UsageError, unknown_name
-from autocompress.hardware.calibration import Calibration
-from autocompress.hardware.footprint import ActivationMemory, multiply_accumulates, size_counts, stored_bytes
-from autocompress.hardware.kernels import FAMILIES, KINDS, MEMORY, SUBSTITUTES, Work, cold_megabytes, cost_us
-from autocompress.hardware.lowering import ELEMENTWISE, POOLS, VIEWS, Lowering, Mask, quantized_tensors
+from autocompress.hardware.anchors import on_grid
+from autocompress.hardware.calibration import Calibration, Observation
+from autocompress.hardware.fitting import MeasuredModel
+from autocompress.hardware.footprint import ActivationMemory, Dims, multiply_accumulates, size_counts, stored_bytes
+from autocompress.hardware.kernels import (
+    FAMILIES,
+    KINDS,
+    LIGHT,
+    MEMORY,
+    SUBSTITUTES,
+    VIEWS,
+    Work,
+    cold_megabytes,
+    cost_us,
+)  # fmt: skip
+from autocompress.hardware.lowering import Emit, Lowering, Mask, quantized_tensors
 from autocompress.hardware.profile import FittedProfile, KernelCost
+from autocompress.hardware.refinement import LoweredKernel, Refinement, refine
 from autocompress.hardware.skeleton import Record, Skeleton, Terms
 from autocompress.methods.quantization import FOLLOWERS
-from autocompress.plan import ModelGraph
+from autocompress.plan import INT8_WEIGHT, CompressionPlan, LayerPlan, ModelGraph
 
 _WITH_WEIGHTS = ("fp32", "int8")
+_INT8 = LayerPlan(compute="int8", storage=INT8_WEIGHT)
+_PLANS_AHEAD = 30
+_TRUST = 3.0
+"""How many times nearer kernels profiled in this model come to its latency than those of other models."""
+
+
+class KernelMaker(Protocol):
+    """One pass over a graph for a batch of plans, which emits every kernel."""
+
+    def run(self) -> None:
+        """Emits them."""
 
 
 class FittedCostModel:
@@ -55,12 +81,15 @@ class FittedSkeleton(Skeleton):
     """Prices a graph's plans by the classes of the kernels that the runtime makes of them."""
 
     source = "fitted"
-    modelled = ELEMENTWISE | VIEWS | POOLS | FOLLOWERS | {"Conv", "Gemm", "MatMul"}
+    modelled = frozenset(LIGHT) | VIEWS | FOLLOWERS | {"Conv", "Gemm", "MatMul"}
     profile: FittedProfile
+    lowering: ClassVar[Callable[..., KernelMaker]] = Lowering
+    """How the runtime makes kernels of plans; it takes what ``Lowering`` takes."""
 
     def __init__(self, graph: ModelGraph, profile: FittedProfile) -> None:
         super().__init__(graph, profile)
-        self._coefficients, self._missing = _coefficients(profile.kernels)
+        coefficients, self._missing = _coefficients(profile.kernels)
+        self._refinement = self._unrefined = Refinement(coefficients, {})
         self._memory = ActivationMemory(graph, self._steps)
 
     def _prior(self) -> Calibration:
@@ -74,12 +103,57 @@ class FittedSkeleton(Skeleton):
             band=max(2 * holdout.mape, profile.repeat_floor) if holdout else profile.error_band,
         )
 
-    def _terms(self, keeps: np.ndarray, formats: np.ndarray, record: Record | None = None) -> Terms:
-        count = len(keeps)
-        dims = self._dims(keeps)
+    # ---------------------------------------------------------------------------------------------- refinement
+
+    def _refine(self, seen: Sequence[Observation]) -> float:
+        self._refinement = self._unrefined
+        profiled = [observation for observation in seen if observation.kernels]
+        if not profiled:
+            return 1.0
+        self._refinement = refine(
+            [MeasuredModel(observation.kernels, observation.latency_ms * 1e3) for observation in profiled],
+            [self._kernels(observation.plan) for observation in profiled],
+            self._ahead,
+            self._unrefined.coefficients,
+            self.profile.end_to_end,
+        )
+        return _TRUST
+
+    @cached_property
+    def _ahead(self) -> list[LoweredKernel]:
+        """Kernels of random plans, such as a search may ask about."""
+        rng = np.random.default_rng(0)
+        kernels: list[LoweredKernel] = []
+        for number in range(_PLANS_AHEAD):
+            groups = {g.id: on_grid(g, float(np.exp(rng.uniform(np.log(0.125), 0.0)))) for g in self.graph.groups}
+            share = (0.0, 1.0, 0.5)[number % 3]
+            layers = {name: _INT8 for name in self.layer_names if rng.random() < share}
+            kernels += self._kernels(CompressionPlan(groups=groups, layers=layers))
+        return kernels
+
+    def _kernels(self, plan: CompressionPlan) -> list[LoweredKernel]:
+        found: list[LoweredKernel] = []
+
+        def emit(label: str, kind: str, work: Work, mask: Mask, whole: bool) -> None:
+            if mask.any() and whole:
+                found.append(LoweredKernel(label, kind, work.at(0)))
+
+        keeps, formats = self.encode([plan])
+        self._lower(keeps, formats, emit)
+        return found
+
+    def _lower(self, keeps: np.ndarray, formats: np.ndarray, emit: Emit) -> tuple[Dims, dict[str, Mask]]:
+        """Emits the kernels of plans; returns the shapes of all tensors and which of them are held in int8."""
+        count, dims = len(keeps), self._dims(keeps)
         is_int8 = np.array([plan.compute == "int8" for plan in self._formats])[formats]
         int8 = {name: is_int8[:, column] for column, name in enumerate(self.layer_names)}
         held = quantized_tensors(self.graph, self._steps, int8, count)
+        block, batch = self.profile.nchwc_block, self.profile.batch
+        self.lowering(self.graph, self._steps, dims, int8, held, count, block, batch, emit).run()
+        return dims, held
+
+    def _terms(self, keeps: np.ndarray, formats: np.ndarray, record: Record | None = None) -> Terms:
+        count = len(keeps)
         family_us = np.zeros((len(FAMILIES), count))
         kernels = np.zeros(count)
         weight_bytes = np.zeros(count)
@@ -87,8 +161,7 @@ class FittedSkeleton(Skeleton):
         def emit(label: str, kind: str, work: Work, mask: Mask, whole: bool) -> None:
             if not mask.any():
                 return
-            coefficients = self._coefficients[kind]
-            microseconds = cost_us(coefficients if whole else (0.0, *coefficients[1:]), work)
+            microseconds = self._refinement.cost_us(label, kind, work, whole)
             family_us[FAMILIES.index(KINDS[kind])] += np.where(mask, microseconds, 0.0)
             if whole:
                 kernels[mask] += 1
@@ -97,9 +170,7 @@ class FittedSkeleton(Skeleton):
             if record is not None:
                 record(label, kind, microseconds, mask, whole)
 
-        Lowering(
-            self.graph, self._steps, dims, int8, held, count, self.profile.nchwc_block, self.profile.batch, emit
-        ).run()
+        dims, held = self._lower(keeps, formats, emit)
         end = self.profile.end_to_end
         family_us[FAMILIES.index(MEMORY)] = end.per_cold_mb_us * cold_megabytes(weight_bytes, end.cache_mb)
         stored = stored_bytes(self.graph, dims, formats, self._layer_column, self._formats)

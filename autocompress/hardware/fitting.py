@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import nnls
-from scipy.stats import kendalltau
+from scipy.stats import kendalltau, spearmanr
 
-from autocompress.hardware.kernels import FAMILIES, FEATURES, KINDS, MEMORY, cold_megabytes, cost_us, feature_row
+from autocompress.hardware.kernels import FAMILIES, FEATURES, KINDS, MEMORY, Work, cold_megabytes, cost_us, feature_row
 from autocompress.hardware.profile import EndToEnd, HoldOut, KernelCost
 from autocompress.hardware.reading import TimedKernel
 
@@ -25,6 +25,8 @@ _FAMILY_COLUMNS = tuple(family for family in FAMILIES if family != MEMORY)
 _KERNEL_NOISE = 0.08
 _KERNEL_NOISE_US = 0.25
 _RUN_NOISE = 0.015
+_PRIOR_NOISE = 0.25
+_PRIOR_NOISE_US = 1.0
 _TIMING_US = 2.0
 """What timing one kernel costs, roughly; a family's own value is fitted around it."""
 
@@ -46,12 +48,22 @@ class MeasuredModel:
 
 
 @dataclass(frozen=True)
+class PriorKernel:
+    """What a kernel is taken to cost as long as nothing else is known."""
+
+    kind: str
+    work: Work
+    microseconds: float
+
+
+@dataclass(frozen=True)
 class Fit:
-    """Kernel costs, and how a run follows from them."""
+    """Kernel costs, and how a run follows from them; ``timing_us`` is what timing a kernel of each class took."""
 
     kernels: dict[str, KernelCost]
     end_to_end: EndToEnd
     residual: float
+    timing_us: dict[str, float]
 
     def latency_us(self, model: MeasuredModel) -> float:
         """What the fit predicts for a model whose kernels are known."""
@@ -61,17 +73,20 @@ class Fit:
         return self.end_to_end.per_run_us + self.end_to_end.per_cold_mb_us * cold + total
 
 
-def fit_kernels(models: Sequence[MeasuredModel], cache_mb: float | None = None) -> Fit:
+def fit_kernels(
+    models: Sequence[MeasuredModel], cache_mb: float | None = None, priors: Sequence[PriorKernel] = ()
+) -> Fit:
     """Solves for the coefficients of every kernel class that occurs, all of them non-negative.
 
     Args:
         models: what was measured.
         cache_mb: models whose weights outgrow this pay for them; where none is given, the one of ``CACHES_MB`` that
             fits best.
+        priors: costs known from elsewhere, which count less than what was measured.
     """
     if cache_mb is None:
-        return min((fit_kernels(models, cache) for cache in CACHES_MB), key=lambda fit: fit.residual)
-    kinds = sorted({kernel.kind for model in models for kernel in model.kernels})
+        return min((fit_kernels(models, cache, priors) for cache in CACHES_MB), key=lambda fit: fit.residual)
+    kinds = sorted({k.kind for model in models for k in model.kernels} | {prior.kind for prior in priors})
     width = len(FEATURES)
     place = {kind: index * width for index, kind in enumerate(kinds)}
     timing = len(kinds) * width
@@ -98,6 +113,10 @@ def fit_kernels(models: Sequence[MeasuredModel], cache_mb: float | None = None) 
             append(row, kernel.microseconds, _KERNEL_NOISE * net + _KERNEL_NOISE_US)
         total[-2], total[-1] = cold, 1.0
         append(total, model.latency_us, _RUN_NOISE * model.latency_us)
+    for prior in priors:
+        row = np.zeros(columns)
+        row[place[prior.kind] : place[prior.kind] + width] = feature_row(prior.work)
+        append(row, prior.microseconds, _PRIOR_NOISE * prior.microseconds + _PRIOR_NOISE_US)
     for family in range(len(_FAMILY_COLUMNS)):
         row = np.zeros(columns)
         row[timing + family] = 1.0
@@ -106,10 +125,7 @@ def fit_kernels(models: Sequence[MeasuredModel], cache_mb: float | None = None) 
     row[-1] = 1.0
     append(row, _PER_RUN_US, _PER_RUN_US)
 
-    left, right = np.array(rows), np.array(targets)
-    scale = np.maximum(np.abs(left).max(axis=0), 1e-12)
-    scaled, residual = nnls(left / scale, right, maxiter=100 * columns)
-    solution = scaled / scale
+    solution, residual = non_negative(np.array(rows), np.array(targets))
     kernels = {}
     for kind in kinds:
         cost = KernelCost.of([float(c) for c in solution[place[kind] : place[kind] + width]])
@@ -120,13 +136,29 @@ def fit_kernels(models: Sequence[MeasuredModel], cache_mb: float | None = None) 
             for k in m.kernels
             if k.kind == kind
         ]
-        kernels[kind] = cost.model_copy(update={"samples": len(errors), "mape": round(float(np.mean(errors)), 4)})
+        mape = round(float(np.mean(errors)), 4) if errors else 0.0
+        kernels[kind] = cost.model_copy(update={"samples": len(errors), "mape": mape})
     end = EndToEnd(
         per_run_us=float(f"{solution[-1]:.5g}"),
         per_cold_mb_us=float(f"{solution[-2]:.5g}"),
         cache_mb=round(cache_mb, 4),
     )
-    return Fit(kernels, end, float(residual))
+    overheads = {kind: float(solution[timing + _FAMILY_COLUMNS.index(KINDS[kind])]) for kind in kinds}
+    return Fit(kernels, end, residual, overheads)
+
+
+def non_negative(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, float]:
+    """Non-negative least squares of many rows; returns the solution and the norm of what is left.
+
+    Unused columns are left out and the rows reduced to a triangle first, which makes it tens of times faster.
+    """
+    scale = np.abs(left).max(axis=0)
+    used = scale > 0
+    triangle = np.linalg.qr(np.column_stack([left[:, used] / scale[used], right]), mode="r")
+    solved, residual = nnls(triangle[:, :-1], triangle[:, -1], maxiter=100 * int(used.sum()))
+    solution = np.zeros(left.shape[1])
+    solution[used] = solved / scale[used]
+    return solution, float(residual)
 
 
 def hold_out(models: Sequence[MeasuredModel], cache_mb: float | None = None, folds: int = 5) -> HoldOut:
@@ -144,9 +176,11 @@ def errors_of(predicted: np.ndarray, measured: np.ndarray) -> HoldOut:
     """Mean and largest relative error, and rank agreement."""
     errors = np.abs(predicted / measured - 1.0)
     tau = float(kendalltau(predicted, measured).statistic) if len(measured) > 1 else 1.0
+    rho = float(spearmanr(predicted, measured).statistic) if len(measured) > 1 else 1.0
     return HoldOut(
         models=len(measured),
         mape=round(float(errors.mean()), 4),
         max=round(float(errors.max()), 4),
         kendall_tau=round(0.0 if np.isnan(tau) else tau, 4),
+        spearman=round(0.0 if np.isnan(rho) else rho, 4),
     )

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from autocompress.hardware.kernels import Number
-from autocompress.hardware.lowering import VIEWS, Mask, Step
+from autocompress.hardware.kernels import VIEWS, Number
+from autocompress.hardware.lowering import Mask, Step
 from autocompress.plan import LayerPlan, ModelGraph
 
 Dims = Mapping[str, tuple[Number, ...]]

@@ -14,11 +14,24 @@ The rules below were read off the runtime's optimized graphs:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from autocompress.hardware.kernels import Number, Work, aligned_int8, conv_work, gemm_work, move_work, round_up
+from autocompress.hardware.kernels import (
+    LIGHT,
+    VIEWS,
+    Number,
+    Work,
+    aligned_int8,
+    conv_work,
+    gemm_work,
+    layout_work,
+    light_work,
+    move_work,
+    pool_work,
+    round_up,
+)  # fmt: skip
 from autocompress.methods.quantization import FOLLOWERS, FUSED_ACTIVATIONS, fused_output
 from autocompress.plan import Layer, ModelGraph, is_weight_layer
 
@@ -26,8 +39,14 @@ Mask = np.ndarray
 Emit = Callable[[str, str, Work, Mask, bool], None]
 """``emit(label, kind, work, mask, whole)``; without ``whole`` the work joins a kernel already emitted."""
 
-ELEMENTWISE = frozenset({"Relu", "Clip", "Add", "Mul", "Sub", "Div", "LeakyRelu"})
-VIEWS = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Shape", "Dropout"})
+_FOLLOWER_KINDS = {
+    "Concat": ("concat_fp32", "concat_int8"), "MaxPool": ("pool_fp32", "pool_int8"),
+    "AveragePool": ("pool_fp32", "pool_int8"), "GlobalAveragePool": ("global_pool_fp32", "global_pool_int8"),
+    "Transpose": ("transpose_fp32", "transpose_int8"), "Mul": ("elementwise_fp32", "mul_int8"),
+    "Sigmoid": ("curve_fp32", "curve_int8"), "LeakyRelu": ("elementwise_fp32", "curve_int8"),
+    "Slice": ("concat_fp32", "concat_int8"), "Split": ("concat_fp32", "concat_int8"),
+}  # fmt: skip
+ELEMENTWISE = frozenset(op for op, kind in LIGHT.items() if kind in ("add_fp32", "elementwise_fp32"))
 POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool"})
 CHANNEL_STEP = 4
 """Input channels that are no multiple of this keep a float32 convolution out of the packed layout."""
@@ -45,6 +64,8 @@ class Step:
     """An activation that belongs to the layer before it."""
     sole: bool
     """Whether ``result`` is read once and is no output of the model."""
+    fused: str = ""
+    """What the float graph's optimizer makes of it: see ``_float_fusions``."""
 
 
 def make_steps(graph: ModelGraph) -> tuple[Step, ...]:
@@ -59,7 +80,56 @@ def make_steps(graph: ModelGraph) -> tuple[Step, ...]:
         sole = len(graph.consumers.get(result, ())) == 1 and result not in graph.outputs
         is_folded = layer.op in FUSED_ACTIVATIONS and layer.outputs[0] in folded
         steps.append(Step(layer, result, is_weight_layer(layer), is_folded, sole))
-    return tuple(steps)
+    fusions = _float_fusions(graph)
+    return tuple(replace(step, fused=fusions.get(step.layer.name, "")) for step in steps)
+
+
+def _float_fusions(graph: ModelGraph) -> dict[str, str]:
+    """Layers that the optimizer joins with others where they run in float32.
+
+    ``gone``: runs inside a neighbour (the scale or the last transposition before a product of two activations, the
+    bias before a Gelu, a Sigmoid behind a convolution); ``gate`` and ``swish``: ``x * sigmoid(x)``; ``split`` and
+    ``part``: Gathers of one tensor.
+    """
+    found: dict[str, str] = {}
+
+    def sole_reader(layer: Layer) -> Layer | None:
+        readers = graph.consumers.get(layer.outputs[0], ()) if layer.outputs else ()
+        return readers[0] if len(readers) == 1 and layer.outputs[0] not in graph.outputs else None
+
+    gathered: dict[str, list[str]] = {}
+    for layer in graph.layers:
+        reader = sole_reader(layer)
+        if layer.op == "Gather" and layer.activations and len(layer.inputs) > 1 and layer.inputs[1] in layer.weights:
+            gathered.setdefault(layer.activations[0], []).append(layer.name)
+        if reader is None:
+            continue
+        constant = len(layer.activations) == 1
+        producer = graph.producers.get(layer.activations[0]) if layer.activations else None
+        after_convolution = (
+            producer is not None and producer.op == "Conv" and len(graph.consumers[layer.activations[0]]) == 1
+        )
+        if layer.op in ("Sigmoid", "LeakyRelu") and after_convolution:
+            found[layer.name] = "gone"
+        elif layer.op == "Sigmoid" and reader.op == "Mul" and set(reader.activations) == {
+            layer.activations[0], layer.outputs[0],
+        }:  # fmt: skip
+            found[layer.name], found[reader.name] = "gate", "swish"
+        elif layer.op == "Add" and constant and reader.op == "Gelu":
+            found[layer.name] = "gone"
+        elif reader.op == "MatMul" and not is_weight_layer(reader):
+            scales = layer.op in ("Mul", "Div") and constant
+            order = layer.attributes.get("perm")
+            last = isinstance(order, tuple) and len(order) > 2 and order == (
+                *range(len(order) - 2), len(order) - 1, len(order) - 2,
+            )  # fmt: skip
+            if scales or (layer.op == "Transpose" and last):
+                found[layer.name] = "gone"
+    for names in gathered.values():
+        if len(names) > 1:
+            found[names[0]] = "split"
+            found.update(dict.fromkeys(names[1:], "part"))
+    return found
 
 
 def quantized_tensors(
@@ -82,6 +152,8 @@ def quantized_tensors(
     none = np.zeros(count, dtype=bool)
     for step in steps:
         activations = step.layer.activations
+        if step.layer.op in ("Add", "Mul") and len(activations) < 2:
+            continue  # a constant operand has no integer kernel
         if step.layer.op in FOLLOWERS and activations:
             mask = held.get(activations[0], none)
             for tensor in activations[1:]:
@@ -89,6 +161,18 @@ def quantized_tensors(
             if mask.any():
                 hold(step.result, mask)
     return held
+
+
+def _lifted(graph: ModelGraph, held: Mapping[str, Mask]) -> dict[str, Mask]:
+    """``held`` with what the optimizer adds: a quantizer is moved before what only changes its tensor's shape."""
+    lifted = dict(held)
+    for layer in reversed(graph.layers):
+        if (layer.op != "Transpose" and layer.op not in VIEWS) or not layer.activations or not layer.outputs:
+            continue
+        source, mask = layer.activations[0], lifted.get(layer.outputs[0])
+        if mask is not None and len(graph.consumers[source]) == 1 and source not in graph.outputs:
+            lifted[source] = lifted[source] | mask if source in lifted else mask
+    return lifted
 
 
 @dataclass
@@ -124,6 +208,7 @@ class Lowering:
     def __post_init__(self) -> None:
         self.none = np.zeros(self.count, dtype=bool)
         self.all = ~self.none
+        self.held = _lifted(self.graph, self.held)
 
     def run(self) -> None:
         for tensor in self.graph.inputs:
@@ -134,13 +219,19 @@ class Lowering:
                 continue
             if op == "Conv" and step.weight:
                 self._convolution(step)
-            elif op in ("Gemm", "MatMul"):
+            elif op in ("Gemm", "MatMul") and step.weight:
                 self._product(step)
+            elif op == "MatMul":
+                self._attention(step)
+            elif op == "BatchNormalization":
+                self._standalone_norm(step)
+            elif op in FUSED_ACTIVATIONS and not step.folded and step.layer.inputs[0] in self.absorbed:
+                self._activation_behind_add(step)
             elif op == "Add" and not step.layer.weights:
                 self._add(step)
             elif step.folded:
                 self._activation_behind_add(step)
-            elif op in FOLLOWERS and op not in VIEWS:
+            elif op in _FOLLOWER_KINDS and op in FOLLOWERS:
                 self._follower(step)
             else:
                 self._other(step)
@@ -153,6 +244,10 @@ class Lowering:
         for size in self.dims[tensor]:
             count = count * size
         return count
+
+    def _positions(self, tensor: str) -> int:
+        """Places of an image, each with all its channels."""
+        return self.batch * int(np.prod([int(size) for size in self.dims[tensor][1:]]))
 
     def _packed_elements(self, tensor: str) -> Number:
         shape = self.dims[tensor]
@@ -210,8 +305,8 @@ class Lowering:
             self.emit(tensor, "reorder_input", work, mask, True)
         for table in (self.to_plain, self.to_channels_last):
             for tensor, mask in table.items():
-                elements = self._elements(tensor)
-                self.emit(tensor, "transpose_int8", move_work(elements, elements), mask, True)
+                work = layout_work(self._elements(tensor), self._positions(tensor))
+                self.emit(tensor, "transpose_int8", work, mask, True)
         for tensor in self.graph.outputs:
             packed = self.packed.get(tensor, self.none) & ~self.unpack.get(tensor, self.none)
             if packed.any():
@@ -356,7 +451,7 @@ class Lowering:
         elements = self._elements(tensor)
         for _ in range(2):
             self.emit(tensor, "dequantize", move_work(elements, 4 * elements), mask, True)
-        self.emit(tensor, "transpose_fp32", move_work(4 * elements, 4 * elements), mask, True)
+        self.emit(tensor, "transpose_fp32", layout_work(elements, self._positions(tensor), 4), mask, True)
         self.emit(tensor, "quantize", move_work(4 * elements, elements), mask, True)
 
     def _hosts_add(self, tensor: str) -> bool:
@@ -389,31 +484,83 @@ class Lowering:
             last = last & channels_last if layer.op == "Concat" else last | channels_last
             if not packs:
                 all_packed = all_packed & self.packed.get(tensor, self.none) & ~held
-            if self.block:
+            if self.block and layer.op not in ("Sigmoid", "Mul", "LeakyRelu"):
                 all_packed = all_packed & self._mask(self.dims[tensor][0] % self.block == 0)
         int8 = int8 & self._is_held(step.result)
-        kind = {"GlobalAveragePool": "global_pool", "Concat": "concat"}.get(layer.op, "pool")
+        kind_float, kind_int8 = _FOLLOWER_KINDS[layer.op]
+        broadcast = layer.op != "Concat" and len({self.graph.tensors[t].shape for t in inputs}) > 1
+        if layer.op in ("Transpose", "Slice", "Split") or broadcast:
+            all_packed = self.none
         if layer.op == "Transpose":
-            kind, last, all_packed = "elementwise", self.none, self.none
+            last = self.none
         read: Number = 0
         for tensor in inputs:
             read = read + self._elements(tensor)
-        written = self._elements(layer.outputs[0])
-        if kind == "elementwise":
-            self.emit(layer.name, "transpose_int8", move_work(read, written), int8, True)
+        written: Number = 0
+        for tensor in layer.outputs:
+            written = written + self._elements(tensor)
+        if layer.op in ("MaxPool", "AveragePool"):
+            self._pool(step, int8, last, all_packed)
         else:
-            plain = int8 & ~last if kind == "pool" else self.none
-            self.emit(layer.name, f"{kind}_int8", move_work(read, written), int8 & ~plain, True)
-            if kind == "pool":
-                self.emit(layer.name, "pool_plain_int8", move_work(read, written), plain, True)
+            self.emit(layer.name, kind_int8, light_work(kind_int8, read, written), int8, True)
+            if step.fused == "swish":
+                kind_float, written = "curve_fp32", self._packed_elements(inputs[0])
+                read = written
+            if step.fused not in ("gate", "gone"):
+                self.emit(layer.name, kind_float, light_work(kind_float, 4 * read, 4 * written), ~int8, True)
         floating = ~int8
-        self.emit(layer.name, f"{kind}_fp32", move_work(4 * read, 4 * written), floating, True)
         for tensor in inputs:
             self._read_int8(tensor, int8, last)
-            self._read_float(tensor, floating, floating & all_packed)
+            if step.fused != "swish" or tensor == inputs[0]:
+                self._read_float(tensor, floating, floating & all_packed)
         self._mark(self.channels_last, step.result, int8 & last)
         self._mark(self.packed, step.result, floating & all_packed)
         self._quantize(step.result, floating)
+
+    def _pool(self, step: Step, int8: Mask, last: Mask, packed: Mask) -> None:
+        layer = step.layer
+        sizes = layer.attributes.get("kernel_shape")
+        window = int(np.prod(sizes)) if isinstance(sizes, tuple) else 1
+        read, written = self._elements(layer.inputs[0]), self._elements(layer.outputs[0])
+        average = layer.op == "AveragePool"
+        for kind, mask in (
+            ("average_pool_int8", int8 if average else self.none),
+            ("pool_int8", self.none if average else int8 & last),
+            ("pool_plain_int8", self.none if average else int8 & ~last),
+            ("pool_fp32", ~int8 & packed), ("pool_plain_fp32", ~int8 & ~packed),
+        ):  # fmt: skip
+            self.emit(layer.name, kind, pool_work(kind, read, written, window), mask, True)
+
+    def _attention(self, step: Step) -> None:
+        """A product of two activations; it always runs in float32."""
+        layer = step.layer
+        written, inputs = self._elements(layer.outputs[0]), self.dims[layer.inputs[0]][-1]
+        read: Number = 0
+        for tensor in layer.activations:
+            read = read + self._elements(tensor)
+            self._read_float(tensor, self.all)
+        work = Work(macs=written * inputs, read_bytes=4 * read, written_bytes=4 * written)
+        self.emit(layer.name, "attention_fp32", work, self.all, True)
+        self._quantize(step.result, self.all)
+
+    def _standalone_norm(self, step: Step) -> None:
+        """A batch norm behind no convolution: on a packed tensor it runs as a depthwise one, its Relu included."""
+        layer = step.layer
+        source, out = layer.inputs[0], layer.outputs[0]
+        packed = self.packed.get(source, self.none) & ~self._is_held(source)
+        positions = self._positions(source)
+        as_convolution = conv_work("depthwise_fp32", positions, 1, 1, self.dims[source][0], positions, self.block)
+        self.emit(layer.name, "depthwise_fp32", as_convolution, packed, True)
+        elements = self._elements(source)
+        self.emit(layer.name, "batch_norm_fp32", move_work(4 * elements, 4 * elements), ~packed, True)
+        self._read_float(source, self.all, packed)
+        self._mark(self.packed, out, packed)
+        readers = self.graph.consumers.get(out, ())
+        if len(readers) == 1 and readers[0].op in FUSED_ACTIVATIONS:
+            self.absorbed[out] = packed
+            self._mark(self.packed, readers[0].outputs[0], packed)
+        else:
+            self._quantize(out, self.all)
 
     def _other(self, step: Step) -> None:
         layer = step.layer
@@ -421,18 +568,25 @@ class Lowering:
             return
         out = layer.outputs[0]
         int8 = self.none
-        if layer.op in VIEWS:
+        if layer.op in VIEWS or step.fused == "part":
             int8 = self._is_held(out)
             for tensor in layer.activations:
                 int8 = int8 & self._is_held(tensor)
             self.emit(layer.name, "view", Work(), self.all, True)
-        else:
-            kind = "elementwise_fp32" if layer.op in ELEMENTWISE else "other_fp32"
+        elif step.fused != "gone":
+            kind = LIGHT.get(layer.op, "other_fp32")
             read: Number = 0
             for tensor in layer.activations:
-                read = read + self._elements(tensor)
-            self.emit(layer.name, kind, move_work(4 * read, 4 * self._elements(out)), self.all, True)
-        for tensor in layer.activations:
+                read = read + self._bytes(tensor)
+            written: Number = 0
+            for tensor in layer.outputs if step.fused != "split" else layer.activations[:1]:
+                written = written + self._bytes(tensor)
+            self.emit(layer.name, kind, light_work(kind, read, written), self.all, True)
+        for tensor in layer.activations if step.fused != "part" else ():
             self._read_int8(tensor, int8, self.none)
             self._read_float(tensor, ~int8)
         self._quantize(step.result, ~int8)
+
+    def _bytes(self, tensor: str) -> Number:
+        """Of the tensor outside int8; those of shapes are small integers."""
+        return self._elements(tensor) * (8 if self.graph.tensors[tensor].dtype == "int64" else 4)

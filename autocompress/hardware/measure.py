@@ -7,13 +7,11 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from autocompress.errors import UsageError
 from autocompress.export.onnx import to_onnx
@@ -26,59 +24,24 @@ from autocompress.hardware.profile import (
     cpu_description,
     local_path,
 )
-from autocompress.hardware.reading import ProfiledSession, TimedKernel, packed_block
-from autocompress.hardware.synthetic import (
-    GraphMaker,
-    heavy_net,
-    inverted_net,
-    odd_net,
-    plain_net,
-    random_formats,
-    random_model,
-    residual_net,
-    token_net,
-)  # fmt: skip
-from autocompress.plan import ModelGraph
+from autocompress.hardware.profilers import profiled
+from autocompress.hardware.reading import TimedKernel, packed_block
+from autocompress.hardware.samples import Sample, choose_samples
+from autocompress.hardware.synthetic import GraphMaker, random_model
 from autocompress.progress import Progress, SilentProgress
+from autocompress.runtime.base import DEFAULT_RUNTIME, load_runtime
 from autocompress.runtime.kernels import optimized_graph
 from autocompress.runtime.timing import LatencyStats, measure_latency
 
 logger = logging.getLogger(__name__)
 
-Builder = Callable[..., ModelGraph]
-
-_SPECS: tuple[tuple[Builder, tuple[int, ...], tuple[int, int]], ...] = (
-    (residual_net, (28, 32), (8, 48)),
-    (inverted_net, (28, 32), (8, 24)),
-    (plain_net, (28, 32), (4, 64)),
-    (residual_net, (14, 20, 24, 32), (4, 32)),
-    (residual_net, (28, 32), (16, 64)),
-    (inverted_net, (96, 112), (8, 24)),
-    (residual_net, (96, 128), (16, 48)),
-    (residual_net, (24, 40), (80, 160)),
-    (inverted_net, (24, 40), (48, 128)),
-    (odd_net, (14, 20, 28), (18, 48)),
-    (token_net, (16, 48), (48, 128)),
-)
-"""Family, image sizes, range of the first width: small images and narrow layers most of all, with some of every kind
-up to those of large networks, where weights no longer fit the caches."""
-
-_HEAVY = ((512, 1, "fp32"), (512, 2, "fp32"), (512, 4, "fp32"), (512, 2, "int8"), (512, 5, "int8"))
-"""Channels, depth and format of the models that show what weights beyond the caches cost."""
-
-_STYLES = ("fp32", "int8", "mixed", "runs")
-_MODELS = 44
-_ROUNDS = 8
-_RUNS = 6
+_MODELS = 52
+_TURNS = 3
+_TURN_S = 0.02
+_LEAST_RUNS = 4
 _SECONDS_EACH = 0.12
+_REPEATED = 10
 _SEED = 20
-
-
-@dataclass(frozen=True)
-class _Sample:
-    graph: ModelGraph
-    model: bytes
-    input_shape: tuple[int, ...]
 
 
 def local_profile(
@@ -87,6 +50,7 @@ def local_profile(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
     refresh: bool = False,
+    runtime: str = DEFAULT_RUNTIME,
 ) -> FittedProfile:
     """The profile of this machine, measured on first use (about 20 s) and cached.
 
@@ -99,22 +63,27 @@ def local_profile(
         cache_dir: another cache.
         progress: told how far the measuring is.
         refresh: measure again, whatever is cached.
+        runtime: whose kernels are measured.
     """
     if threads < 1 or batch < 1:
         raise UsageError(f"threads={threads}, batch={batch}: both must be at least 1")
-    path = local_path("onnxruntime", str(ort.__version__), threads, batch, cache_dir)
+    path = local_path(runtime, load_runtime(runtime).version(), threads, batch, cache_dir)
     if path.is_file() and not refresh:
         try:
             return FittedProfile.load(path)
         except UsageError as error:
             logger.warning("the cached hardware profile is measured again: %s", error)
-    profile = measure_profile(threads, batch, progress)
+    profile = measure_profile(threads, batch, progress, runtime=runtime)
     profile.save(path)
     return profile
 
 
 def measure_profile(
-    threads: int = 1, batch: int = 1, progress: Progress | None = None, models: int = _MODELS
+    threads: int = 1,
+    batch: int = 1,
+    progress: Progress | None = None,
+    models: int = _MODELS,
+    runtime: str = DEFAULT_RUNTIME,
 ) -> FittedProfile:
     """Measures this machine now.
 
@@ -123,14 +92,16 @@ def measure_profile(
         batch: samples of one run.
         progress: told how far it is.
         models: synthetic models to time; their seed is fixed.
+        runtime: whose kernels are measured.
     """
     progress = progress or SilentProgress()
     begin = time.perf_counter()
     rng = np.random.default_rng(_SEED)
-    samples = _samples(models, rng)
-    block = _detect_block(rng, threads)
-    measured = _profile_kernels(samples, threads, batch, block, rng, progress)
-    latencies, again = _time_whole(samples, threads, batch, progress)
+    block = _detect_block(rng, threads, runtime)
+    progress.stage("choose models", None)
+    samples = choose_samples(models, rng, block, weight_only=runtime == DEFAULT_RUNTIME)
+    measured = _profile_kernels(samples, threads, batch, block, rng, progress, runtime)
+    latencies, again = _time_whole(samples, threads, batch, progress, runtime)
     results = [
         MeasuredModel(kernels, stats.median_ms * 1e3)
         for kernels, stats in zip(measured, latencies, strict=True)
@@ -140,17 +111,19 @@ def measure_profile(
     repeat = [abs(b.median_ms / a.median_ms - 1.0) for a, b in zip(latencies, again, strict=False)]
     channels = [tensor.shape[0] for s in samples for tensor in s.graph.tensors.values() if len(tensor.shape) == 3]
     sizes = [s.input_shape[-1] for s in samples if len(s.input_shape) == 3]
+    floor = round(float(np.median(repeat)), 4)
     latency = [stats.median_ms for stats in latencies]
     return FittedProfile(
         name=LOCAL,
-        runtime_version=str(ort.__version__),
+        runtime=runtime,
+        runtime_version=load_runtime(runtime).version(),
         threads=threads,
         batch=batch,
         nchwc_block=block,
         kernels=fit.kernels,
         end_to_end=fit.end_to_end,
-        holdout=hold_out(results, fit.end_to_end.cache_mb),
-        repeat_floor=round(float(np.median(repeat)), 4),
+        holdout=hold_out(results, fit.end_to_end.cache_mb).model_copy(update={"repeat_floor": floor}),
+        repeat_floor=floor,
         validity=Validity(
             latency_ms=(round(min(latency), 4), round(max(latency), 4)),
             channels=(min(channels), max(channels)),
@@ -162,53 +135,49 @@ def measure_profile(
             cpu=cpu_description(),
             cores=os.cpu_count() or 1,
             system=f"{platform.system()} {platform.machine()}",
-            versions={"onnxruntime": str(ort.__version__), "numpy": np.__version__},
+            versions={runtime: load_runtime(runtime).version(), "numpy": np.__version__},
         ),
     )
 
 
-def _samples(count: int, rng: np.random.Generator) -> list[_Sample]:
-    """Families, sizes and formats in turn, so that every kernel class occurs; a fifth has channels off all grids."""
-    samples = []
-    for index in range(count):
-        family, sizes, widths = _SPECS[index % len(_SPECS)]
-        size = int(rng.choice(sizes))
-        graph = family(rng, size, widths, odd=index % 5 == 4)
-        style = _STYLES[(index % len(_SPECS) + index // len(_SPECS)) % len(_STYLES)]
-        model = to_onnx(random_model(graph, random_formats(graph, rng, style), rng))
-        samples.append(_Sample(graph, model.SerializeToString(), graph.tensors["input"].shape))
-    for channels, depth, style in _HEAVY if count >= _MODELS else ():
-        graph = heavy_net(channels, depth)
-        model = to_onnx(random_model(graph, random_formats(graph, rng, style), rng))
-        samples.append(_Sample(graph, model.SerializeToString(), graph.tensors["input"].shape))
-    return samples
+def _detect_block(rng: np.random.Generator, threads: int, runtime: str) -> int:
+    if runtime == "openvino":
+        from autocompress.hardware import openvino_reading
 
-
-def _detect_block(rng: np.random.Generator, threads: int) -> int:
+        return openvino_reading.packed_block(threads)
     make = GraphMaker()
     graph = make.build(make.conv(make.tensor("input", (3, 8, 8)), 4))
     return packed_block(optimized_graph(to_onnx(random_model(graph, {}, rng)).SerializeToString(), threads))
 
 
 def _profile_kernels(
-    samples: Sequence[_Sample], threads: int, batch: int, block: int, rng: np.random.Generator, progress: Progress
+    samples: Sequence[Sample],
+    threads: int,
+    batch: int,
+    block: int,
+    rng: np.random.Generator,
+    progress: Progress,
+    runtime: str,
 ) -> list[list[TimedKernel]]:
     """Kernel times of every model; the models take turns, so a disturbance does not fall on one of them."""
-    progress.stage("profile kernels", _ROUNDS)
+    progress.stage("profile kernels", _TURNS)
     sessions = [
-        ProfiledSession(s.model, {"input": rng.random((batch, *s.input_shape), dtype=np.float32)}, threads)
+        profiled(runtime, s.model, {"input": rng.random((batch, *s.input_shape), dtype=np.float32)}, threads)
         for s in samples
     ]
-    for _ in range(_ROUNDS):
+    for _ in range(_TURNS):
         for index in rng.permutation(len(sessions)):
-            for _ in range(_RUNS):
+            # In one go: the first run of a turn pays for what the others left in the caches.
+            until, runs = time.perf_counter() + _TURN_S, 0
+            while runs < _LEAST_RUNS or time.perf_counter() < until:
                 sessions[index].run()
+                runs += 1
         progress.advance()
     return [session.finish(block) for session in sessions]
 
 
 def _time_whole(
-    samples: Sequence[_Sample], threads: int, batch: int, progress: Progress
+    samples: Sequence[Sample], threads: int, batch: int, progress: Progress, runtime: str
 ) -> tuple[list[LatencyStats], list[LatencyStats]]:
     """Latencies of every model in plain sessions, and of a few of them once more, for the repeat floor."""
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
@@ -216,7 +185,11 @@ def _time_whole(
         for index, sample in enumerate(samples):
             paths[str(index)] = Path(folder) / f"{index}.onnx"
             paths[str(index)].write_bytes(sample.model)
-        first = measure_latency(paths, threads=threads, batch=batch, seconds_each=_SECONDS_EACH, progress=progress)
-        few = {name: paths[name] for name in list(paths)[:6]}
-        second = measure_latency(few, threads=threads, batch=batch, seconds_each=_SECONDS_EACH, progress=progress)
+        first = measure_latency(
+            paths, threads=threads, batch=batch, seconds_each=_SECONDS_EACH, progress=progress, runtime=runtime
+        )
+        few = {name: paths[name] for name in list(paths)[:_REPEATED]}
+        second = measure_latency(
+            few, threads=threads, batch=batch, seconds_each=_SECONDS_EACH, progress=progress, runtime=runtime
+        )
     return [first[name] for name in paths], [second[name] for name in few]

@@ -15,6 +15,7 @@ COST_MODELS = Registry(
     {
         "analytic": "autocompress.hardware.analytic:AnalyticCostModel",
         "fitted-onnxruntime": "autocompress.hardware.cost:FittedCostModel",
+        "fitted-openvino": "autocompress.hardware.openvino_cost:OpenvinoCostModel",
     },
 )
 """A fitted profile knows the kernels of one runtime, so its model is named by both; an analytic one knows none."""

@@ -23,6 +23,7 @@ from autocompress.plan import Value
 from autocompress.progress import Progress
 from autocompress.registry import import_object
 from autocompress.resources import find_resource, resource_names
+from autocompress.runtime.base import DEFAULT_RUNTIME
 from autocompress.tasks.cache import cache_directory
 
 logger = logging.getLogger(__name__)
@@ -376,9 +377,9 @@ def load_hardware(
 
         if threads is not None:
             refuse_threads(threads, "local")
-        if runtime not in (None, "onnxruntime"):
-            raise unknown_name("runtime", str(runtime), ["onnxruntime"])
-        return local_profile(threads or 1, batch or 1, cache_dir=cache_dir, progress=progress)
+        return local_profile(
+            threads or 1, batch or 1, cache_dir=cache_dir, progress=progress, runtime=runtime or DEFAULT_RUNTIME
+        )
     path = Path(hardware)
     if path.suffix not in (".yaml", ".yml"):
         found = find_resource("hardware_profiles", str(hardware))

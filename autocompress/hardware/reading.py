@@ -14,22 +14,38 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from autocompress.hardware.kernels import Work, aligned_int8, conv_work, gemm_work, move_work
+from autocompress.hardware.kernels import (
+    LIGHT,
+    VIEWS,
+    Work,
+    aligned_int8,
+    conv_work,
+    few_bits_work,
+    gemm_work,
+    layout_work,
+    light_work,
+    move_work,
+    pool_work,
+)  # fmt: skip
 
 _PACKED_DOMAIN = "com.microsoft.nchwc"
-_ELEMENTWISE = frozenset({"Relu", "Clip", "Mul", "Sub", "Div", "LeakyRelu"})
-_VIEWS = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Shape"})
 _MOVES = {
-    "QuantizeLinear": "quantize", "DequantizeLinear": "dequantize", "ReorderInput": "reorder_input",
-    "ReorderOutput": "reorder_output", "QLinearGlobalAveragePool": "global_pool_int8",
-    "GlobalAveragePool": "global_pool_fp32", "QLinearAveragePool": "pool_int8", "AveragePool": "pool_fp32",
-    "NhwcMaxPool": "pool_int8", "QLinearConcat": "concat_int8", "Concat": "concat_fp32",
+    "QuantizeLinear": "quantize", "DynamicQuantizeLinear": "quantize_dynamic", "DequantizeLinear": "dequantize",
+    "ReorderInput": "reorder_input", "ReorderOutput": "reorder_output",
+    "QLinearGlobalAveragePool": "global_pool_int8", "QLinearSigmoid": "curve_int8", "QLinearLeakyRelu": "curve_int8",
+    "QLinearSoftmax": "softmax_fp32",
 }  # fmt: skip
+"""Kernels that come into being when the graph is optimized, with one input beside constants."""
+
+_LAYOUTS = ((0, 2, 3, 1), (0, 3, 1, 2))
+_POOLS = {"QLinearAveragePool": "average_pool_int8", "AveragePool": "pool_plain_fp32", "NhwcMaxPool": "pool_int8"}
 _PRODUCTS = {
     "Gemm": "gemm_fp32", "FusedGemm": "gemm_fp32", "QGemm": "gemm_int8", "MatMul": "matmul_fp32",
     "FusedMatMul": "matmul_fp32", "QLinearMatMul": "matmul_int8", "MatMulIntegerToFloat": "matmul_int8",
+    "DynamicQuantizeMatMul": "matmul_dynamic_int8", "MatMulInteger": "matmul_dynamic_int8",
 }  # fmt: skip
-_WIDTHS = {"float": 4, "uint8": 1, "int8": 1, "int32": 4, "int64": 8, "float16": 2, "bool": 1}
+_WEIGHT_PLACE = {"QGemm": 3, "QLinearMatMul": 3}
+_WIDTHS = {"float": 4, "uint8": 1, "int8": 1, "int32": 4, "int64": 8, "float16": 2, "bool": 1, "double": 8}
 
 
 @dataclass(frozen=True)
@@ -122,35 +138,77 @@ def describe(
     outputs = [_shape(entry) for entry in arguments["output_type_shape"]]
     op = node.op_type
     (kind_in, first), (kind_out, out) = inputs[0] if inputs else ("float", ()), outputs[0] if outputs else ("float", ())
-    read = sum(_WIDTHS.get(kind, 4) * _count(shape) for kind, shape in inputs[: 2 if op == "Add" else 1])
-    written = _WIDTHS.get(kind_out, 4) * _count(out)
-    if op in ("Conv", "FusedConv", "QLinearConv"):
+    activations = [pair for name, pair in zip(filter(None, node.input), inputs, strict=False) if name not in weights]
+    read = sum(_WIDTHS.get(kind, 4) * _count(shape) for kind, shape in activations[: 1 if op in _MOVES else None])
+    written = sum(_WIDTHS.get(kind, 4) * _count(shape) for kind, shape in outputs)
+    if op in ("Conv", "FusedConv", "NhwcFusedConv", "QLinearConv", "ConvInteger"):
         return _convolution(node, first, out, weights, block)
     if op in _PRODUCTS:
-        kind = _PRODUCTS[op]
-        return kind, gemm_work(kind, _count(first[:-1]), first[-1], out[-1])
-    if op == "Add":
-        return "add_fp32", move_work(read, written)
-    if op == "QLinearAdd":
-        return "add_int8", move_work(2 * read, written)
+        return _product(node, first, out, read, written, weights)
+    if op == "MatMulNBits":
+        return _product_of_few_bits(node, first, out)
+    if op in ("QLinearAdd", "QLinearMul"):
+        kind = "add_int8" if op == "QLinearAdd" else "mul_int8"
+        return kind, move_work(sum(_count(shape) for _, shape in inputs[:4:3]), written)
     if op == "Transpose":
-        return ("transpose_int8" if kind_in in ("uint8", "int8") else "transpose_fp32"), move_work(read, written)
-    if op == "MaxPool":
-        return ("pool_plain_int8" if kind_in == "uint8" else "pool_fp32"), move_work(read, written)
-    if op in ("Concat", "QLinearConcat"):
-        return _MOVES[op], move_work(written, written)
+        return _transposition(node, kind_in, first, read, written)
+    if op == "MaxPool" or op in _POOLS:
+        sizes = _attribute(node, "kernel_shape")
+        plain = "pool_plain_int8" if kind_in == "uint8" else "pool_plain_fp32"
+        kind = "pool_fp32" if node.domain == _PACKED_DOMAIN else _POOLS.get(op, plain)
+        return kind, pool_work(kind, _count(first), _count(out), _count(sizes.ints) if sizes else 1)
     if op in _MOVES:
         return _MOVES[op], move_work(read, written)
-    if op in _VIEWS:
+    if op in VIEWS:
         return "view", Work()
-    return ("elementwise_fp32" if op in _ELEMENTWISE else "other_fp32"), move_work(read, written)
+    if op == "QLinearConcat" or (op in LIGHT and kind_out in ("uint8", "int8")):
+        return "concat_int8", light_work("concat_int8", read, written)
+    kind = LIGHT.get(op, "other_fp32")
+    return kind, light_work(kind, read, written)
+
+
+def _transposition(
+    node: onnx.NodeProto, dtype: str, shape: tuple[int, ...], read: int, written: int
+) -> tuple[str, Work]:
+    kind = "transpose_int8" if dtype in ("uint8", "int8") else "transpose_fp32"
+    order = _attribute(node, "perm")
+    if len(shape) != 4 or order is None or tuple(order.ints) not in _LAYOUTS:
+        return kind, move_work(read, written)
+    channels = shape[1] if tuple(order.ints) == _LAYOUTS[0] else shape[3]
+    return kind, layout_work(_count(shape), _count(shape) // max(channels, 1), 1 if kind.endswith("int8") else 4)
+
+
+def _product(
+    node: onnx.NodeProto, first: tuple[int, ...], out: tuple[int, ...], read: int, written: int,
+    weights: dict[str, tuple[int, ...]],
+) -> tuple[str, Work]:  # fmt: skip
+    kind = _PRODUCTS[node.op_type]
+    flipped = _attribute(node, "transA")
+    inputs = first[-2] if flipped is not None and flipped.i and len(first) > 1 else first[-1]
+    rows = _count(first) // max(inputs, 1)
+    if node.input[_WEIGHT_PLACE.get(node.op_type, 1)] in weights:
+        return kind, gemm_work(kind, rows, inputs, out[-1])
+    # Both factors are activations: what is read is no weight, and comes from the cache.
+    return ("attention_fp32" if kind.endswith("fp32") else kind), Work(
+        macs=_count(out) * inputs, read_bytes=read, written_bytes=written
+    )
+
+
+def _product_of_few_bits(node: onnx.NodeProto, first: tuple[int, ...], out: tuple[int, ...]) -> tuple[str, Work]:
+    level, bits = _attribute(node, "accuracy_level"), _attribute(node, "bits")
+    kind = "matmul_nbits" if level is not None and level.i == 4 else "matmul_nbits_slow"
+    return kind, few_bits_work(_count(first[:-1]), first[-1], out[-1], bits.i if bits is not None else 4)
+
+
+def _attribute(node: onnx.NodeProto, name: str) -> onnx.AttributeProto | None:
+    return next((a for a in node.attribute if a.name == name), None)
 
 
 def _convolution(
     node: onnx.NodeProto, first: tuple[int, ...], out: tuple[int, ...], weights: dict[str, tuple[int, ...]], block: int
 ) -> tuple[str, Work]:
-    int8 = node.op_type == "QLinearConv"
-    shape = weights[node.input[3 if int8 else 1]]
+    int8 = node.op_type in ("QLinearConv", "ConvInteger")
+    shape = weights[node.input[3 if node.op_type == "QLinearConv" else 1]]
     attributes = {a.name: a for a in node.attribute}
     groups = attributes["group"].i if "group" in attributes else 1
     channels_last = "channels_last" in attributes and bool(attributes["channels_last"].i)

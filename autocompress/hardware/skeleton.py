@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
 from autocompress.errors import UsageError, unknown_name
-from autocompress.hardware.calibration import Calibration, fit_calibration
+from autocompress.hardware.calibration import Calibration, Observation, fit_latency, fit_size, spread_of
 from autocompress.hardware.kernels import FAMILIES, KINDS, MEMORY, Number
 from autocompress.hardware.lowering import Mask, make_steps
 from autocompress.hardware.profile import HardwareProfile
@@ -40,6 +40,9 @@ FORMATS = (
     LayerPlan(storage=INT8_WEIGHT),
     LayerPlan(storage=INT4_WEIGHT),
 )
+
+FOLDS = 5
+"""Parts into which observations fall to be left out in turn."""
 
 UNKNOWN_BAND = 0.3
 """Half the width of the error band, as a fraction, where a plan runs kernels that the profile says nothing of."""
@@ -237,13 +240,13 @@ class Skeleton(ABC):
         per_kernel["overhead"] = latency - sum(per_kernel.values())
         spread = fit.band if not unmodelled else max(fit.band, UNKNOWN_BAND)
         costs = {
-            "latency_ms": _quantity(latency, spread, self.source),
-            "size_bytes": _quantity(float(table.size_bytes[0]), fit.size_band, "fitted"),
-            "peak_memory_bytes": _quantity(float(table.peak_memory_bytes[0]), 0.0, "analytic"),
-            "macs": _quantity(float(table.macs[0]), 0.0, "analytic"),
+            "latency_ms": quantity(latency, spread, self.source),
+            "size_bytes": quantity(float(table.size_bytes[0]), fit.size_band, "fitted"),
+            "peak_memory_bytes": quantity(float(table.peak_memory_bytes[0]), 0.0, "analytic"),
+            "macs": quantity(float(table.macs[0]), 0.0, "analytic"),
         }
         if table.energy_mj is not None:
-            costs["energy_mj"] = _quantity(float(table.energy_mj[0]), max(spread, UNKNOWN_BAND), "analytic")
+            costs["energy_mj"] = quantity(float(table.energy_mj[0]), max(spread, UNKNOWN_BAND), "analytic")
         return Estimate(
             target=self.profile.name,
             costs=costs,
@@ -252,29 +255,54 @@ class Skeleton(ABC):
             notes=self._notes(table, formats[0]),
         )
 
-    def calibrate(self, observations: Sequence[tuple[CompressionPlan, float, float]]) -> Calibration:
-        """Corrects the model for this graph with a few plans of it that were exported and measured end to end.
+    def calibrate(self, observations: Sequence[Observation | tuple[CompressionPlan, float, float]]) -> Calibration:
+        """Corrects the model for this graph with a few plans of it that were exported and measured.
 
         Args:
-            observations: ``(plan, latency in ms, bytes of the file)``; 6 to 12, as ``anchors.anchor_plans`` gives.
+            observations: ``(plan, latency in ms, bytes of the file)``, and the kernels of those that were profiled;
+                6 to 12, as ``anchors.anchor_plans`` gives.
 
         Returns:
-            The correction, which every price uses from now on, with its own leave-one-out errors.
+            The correction, which every price uses from now on, with its errors at observations left out in turn.
         """
         if not observations:
             raise UsageError("calibrate needs at least one (plan, latency_ms, size_bytes)")
-        terms = self._terms(*self.encode([plan for plan, _, _ in observations]))
-        self.calibration = fit_calibration(
-            family_us=terms.family_us,
-            kernels=terms.kernels,
-            latency_us=np.array([ms for _, ms, _ in observations]) * 1e3,
-            size_payload=terms.size_payload,
-            size_counts=terms.size_counts,
-            size_bytes=np.array([size for _, _, size in observations], dtype=float),
-            prior=self._prior(),
-            floor=self.profile.repeat_floor,
+        seen = [Observation(*observation) for observation in observations]
+        errors: list[float] = []
+        size_errors: list[float] = []
+        folds = min(FOLDS, len(seen))
+        for fold in range(folds) if len(seen) > 2 else ():
+            left_out = seen[fold::folds]
+            self.calibration = self._fitted([o for index, o in enumerate(seen) if index % folds != fold])
+            table = self.price([o.plan for o in left_out])
+            errors += [float(ms) / o.latency_ms - 1.0 for ms, o in zip(table.latency_ms, left_out, strict=True)]
+            size_errors += [float(b) / o.size_bytes - 1.0 for b, o in zip(table.size_bytes, left_out, strict=True)]
+        prior = self._prior()
+        self.calibration = replace(
+            self._fitted(seen),
+            band=max(spread_of(errors, prior.band), self.profile.repeat_floor),
+            size_band=max(spread_of(size_errors, prior.size_band), 0.002),
+            errors=tuple(errors),
+            observations=len(seen),
         )
         return self.calibration
+
+    def _fitted(self, seen: Sequence[Observation]) -> Calibration:
+        """The correction by some observations, without its errors."""
+        trust = self._refine(seen)
+        terms = self._terms(*self.encode([observation.plan for observation in seen]))
+        prior = self._prior()
+        latency_us = np.array([observation.latency_ms for observation in seen]) * 1e3
+        scales, per_kernel_us, per_run_us = fit_latency(terms.family_us, terms.kernels, latency_us, prior, trust)
+        size_bytes = np.array([observation.size_bytes for observation in seen], dtype=float)
+        size = fit_size(terms.size_payload, terms.size_counts, size_bytes, prior.size_coefficients)
+        return Calibration(
+            scales=scales, per_kernel_us=per_kernel_us, per_run_us=per_run_us, size_coefficients=size
+        )  # fmt: skip
+
+    def _refine(self, seen: Sequence[Observation]) -> float:
+        """Corrects the costs of single kernels; returns how many times nearer they come by that."""
+        return 1.0
 
     # ------------------------------------------------------------------------------------------------ terms
 
@@ -322,7 +350,10 @@ def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
     return np.concatenate(known) if len(known) == len(parts) else None
 
 
-def _quantity(value: float, spread: float, source: Source) -> Quantity:
-    """``spread`` is a fraction; that of an analytic value is a factor, which a value may be off by both ways."""
+def quantity(value: float, spread: float, source: Source) -> Quantity:
+    """A value with its bounds.
+
+    ``spread`` is a fraction; that of an analytic value is a factor, which a value may be off by both ways.
+    """
     low = value / (1 + spread) if source == "analytic" else value * (1 - min(spread, 1.0))
     return Quantity(value=value, low=low, high=value * (1 + spread), source=source)

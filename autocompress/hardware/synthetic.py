@@ -64,10 +64,10 @@ class GraphMaker:
         return out
 
     def gemm(self, source: str, outputs: int) -> str:
-        (inputs,) = self.tensors[source].shape
+        *rows, inputs = self.tensors[source].shape
         name = f"gemm_{len(self.layers)}"
         weight, bias = self.tensor(f"{name}.weight", (outputs, inputs)), self.tensor(f"{name}.bias", (outputs,))
-        out = self.tensor(f"{name}.out", (outputs,))
+        out = self.tensor(f"{name}.out", (*rows, outputs))
         self.layers.append(
             Layer(
                 name=name, op="Gemm", inputs=(source, weight, bias), outputs=(out,), weights=(weight, bias),
@@ -77,15 +77,59 @@ class GraphMaker:
         return out
 
     def matmul(self, source: str, outputs: int) -> str:
-        rows, inputs = self.tensors[source].shape
+        *rows, inputs = self.tensors[source].shape
         name = f"matmul_{len(self.layers)}"
-        weight, out = self.tensor(f"{name}.weight", (inputs, outputs)), self.tensor(f"{name}.out", (rows, outputs))
+        weight, out = self.tensor(f"{name}.weight", (inputs, outputs)), self.tensor(f"{name}.out", (*rows, outputs))
         self.layers.append(
             Layer(
                 name=name, op="MatMul", inputs=(source, weight), outputs=(out,), weights=(weight,), module_path=name
             )
         )  # fmt: skip
         return out
+
+    def norm(self, source: str, op: str = "LayerNormalization") -> str:
+        """A layer norm over the last axis, or a batch norm over the first."""
+        shape = self.tensors[source].shape
+        count = 4 if op == "BatchNormalization" else 2
+        name = f"norm_{len(self.layers)}"
+        size = shape[0] if op == "BatchNormalization" else shape[-1]
+        weights = tuple(self.tensor(f"{name}.{index}", (size,)) for index in range(count))
+        out = self.tensor(f"{name}.out", shape)
+        self.layers.append(Layer(name=name, op=op, inputs=(source, *weights), outputs=(out,), weights=weights))
+        return out
+
+    def bias(self, source: str, op: str = "Add") -> str:
+        """The tensor plus a vector, or times one number (``Mul``)."""
+        shape = self.tensors[source].shape
+        name = f"{op.lower()}_{len(self.layers)}"
+        weight, out = self.tensor(f"{name}.weight", shape[-1:] if op == "Add" else ()), self.tensor(name, shape)
+        self.layers.append(Layer(name=name, op=op, inputs=(source, weight), outputs=(out,), weights=(weight,)))
+        return out
+
+    def reshape(self, source: str, shape: tuple[int, ...]) -> str:
+        name = f"reshape_{len(self.layers)}"
+        target = self.tensor(f"{name}.shape", (len(shape) + 1,), "int64")
+        out = self.tensor(name, shape)
+        self.layers.append(
+            Layer(name=name, op="Reshape", inputs=(source, target), outputs=(out,), weights=(target,))
+        )  # fmt: skip
+        return out
+
+    def transpose(self, source: str, order: tuple[int, ...]) -> str:
+        shape = self.tensors[source].shape
+        return self.op("Transpose", (source,), tuple(shape[axis - 1] for axis in order[1:]), perm=order)
+
+    def swish(self, source: str) -> str:
+        return self.multiply(source, self.op("Sigmoid", (source,), self.tensors[source].shape))
+
+    def multiply(self, first: str, second: str) -> str:
+        return self.op("Mul", (first, second), self.tensors[first].shape)
+
+    def product(self, first: str, second: str) -> str:
+        """Of two activations."""
+        return self.op(
+            "MatMul", (first, second), (*self.tensors[first].shape[:-1], self.tensors[second].shape[-1])
+        )  # fmt: skip
 
     def relu(self, source: str) -> str:
         return self.op("Relu", (source,), self.tensors[source].shape)
@@ -97,14 +141,14 @@ class GraphMaker:
         self.layers.append(Layer(name=out, op="Clip", inputs=(source, low, high), outputs=(out,), weights=(low, high)))
         return out
 
-    def pool(self, source: str, window: int, stride: int) -> str:
+    def pool(self, source: str, window: int, stride: int, op: str = "MaxPool") -> str:
         channels, *sizes = self.tensors[source].shape
         pad = (window - 1) // 2
         shape = (channels, *((s + 2 * pad - window) // stride + 1 for s in sizes))
         attributes: dict[str, Attribute] = {"kernel_shape": (window, window), "strides": (stride, stride)}
         if pad:
             attributes["pads"] = (pad,) * 4
-        return self.op("MaxPool", (source,), shape, **attributes)
+        return self.op(op, (source,), shape, **attributes)
 
     def add(self, first: str, second: str) -> str:
         return self.op("Add", (first, second), self.tensors[first].shape)
@@ -151,28 +195,35 @@ def residual_net(
             if stride > 1 or make.tensors[x].shape[0] != width:
                 x = make.conv(x, width, 1, stride)
             x = make.relu(make.add(y, x))
-    return make.build(make.head(x, int(rng.choice([10, 100]))))
+    return make.build(make.head(x, int(rng.choice([10, 100, 1000]))))
 
 
 def inverted_net(
     rng: np.random.Generator, size: int, widths: tuple[int, int], blocks: int = 5, odd: bool = False
 ) -> ModelGraph:
-    """Inverted residuals: pointwise, depthwise, pointwise, as MobileNets have."""
+    """Inverted residuals: pointwise, depthwise, pointwise, as MobileNets have; every third with gates and Swish."""
     make = GraphMaker()
+    gated = rng.random() < 1 / 3
+    act = make.swish if gated else make.clip
     x = make.tensor("input", (3, size, size))
     width = _width(rng, *widths, odd)
-    x = make.clip(make.conv(x, width, 3, 2 if size > 64 else 1))
+    x = act(make.conv(x, width, 3, 2 if size > 64 else 1))
     for block in range(blocks):
         stride = 2 if block % 2 else 1
         target = _width(rng, width, 2 * width, odd) if stride > 1 else width
         hidden = _width(rng, 2 * width, 6 * width, odd)
-        y = make.clip(make.conv(x, hidden, 1))
-        y = make.clip(make.conv(y, hidden, 3, stride, depthwise=True))
+        y = act(make.conv(x, hidden, 1))
+        y = act(make.conv(y, hidden, 3, stride, depthwise=True))
+        if gated and block % 2:
+            pooled = make.op("GlobalAveragePool", (y,), (hidden, 1, 1))
+            squeezed = make.swish(make.conv(pooled, max(4, hidden // 16), 1))
+            gate = make.conv(squeezed, hidden, 1)
+            y = make.multiply(y, make.op("Sigmoid", (gate,), make.tensors[gate].shape))
         y = make.conv(y, target, 1)
         x = make.add(x, y) if stride == 1 else y
         width = target
-    x = make.clip(make.conv(x, _width(rng, 2 * width, 4 * width, odd), 1))
-    return make.build(make.head(x, int(rng.choice([10, 100]))))
+    x = act(make.conv(x, _width(rng, 2 * width, 4 * width, odd), 1))
+    return make.build(make.head(x, int(rng.choice([10, 100, 1000]))))
 
 
 def plain_net(
@@ -188,7 +239,7 @@ def plain_net(
             branch = make.relu(make.conv(x, _width(rng, 8, 64), 1))
             x = make.concat(x, branch)
         if make.tensors[x].shape[1] > 4:
-            x = make.pool(x, 2, 2)
+            x = make.pool(x, 2, 2, "AveragePool" if block == 2 else "MaxPool")
         width = _width(rng, width, 2 * width, odd)
     shape = make.tensors[x].shape
     flat = make.op("Flatten", (x,), (shape[0] * shape[1] * shape[2],))
@@ -206,6 +257,8 @@ def odd_net(rng: np.random.Generator, size: int, widths: tuple[int, int], odd: b
     y = make.clip(make.conv(x, width, 3, 1, depthwise=True))
     z = make.relu(make.conv(y, 16 * int(rng.integers(1, 3)), 3))
     joined = make.concat(z, make.relu(make.conv(x, 16, 1)))
+    if rng.random() < 0.5:
+        joined = make.relu(make.norm(joined, "BatchNormalization"))
     pooled = make.pool(joined, 2, 2)
     few = make.relu(make.conv(pooled, int(rng.choice([6, 8, 12])), 1))
     wide = make.relu(make.conv(few, 16 * int(rng.integers(2, 5)), 1))
@@ -220,6 +273,30 @@ def token_net(rng: np.random.Generator, size: int, widths: tuple[int, int], odd:
     for _ in range(2):
         x = make.matmul(make.relu(make.matmul(x, 4 * width)), width)
     return make.build(make.relu(x))
+
+
+def encoder_net(rng: np.random.Generator, size: int, widths: tuple[int, int], odd: bool = False) -> ModelGraph:
+    """Transformer encoder blocks over ``size`` tokens: attention and a perceptron, each behind a layer norm."""
+    make = GraphMaker()
+    heads = int(rng.choice([2, 4, 6]))
+    width = heads * int(rng.choice([d for d in (32, 64) if heads * d >= widths[0]] or [64]))
+    x = make.tensor("input", (size, width))
+    for _ in range(2):
+        y = make.norm(x)
+        parts = [make.bias(make.matmul(y, width)) for _ in range(3)]
+        split = [make.reshape(part, (size, heads, width // heads)) for part in parts]
+        query, value = (make.transpose(part, (0, 2, 1, 3)) for part in split[::2])
+        key = make.transpose(split[1], (0, 2, 3, 1))
+        scores = make.product(make.bias(query, "Mul"), key)
+        mixed = make.product(make.op("Softmax", (scores,), make.tensors[scores].shape, axis=-1), value)
+        joined = make.reshape(make.transpose(mixed, (0, 2, 1, 3)), (size, width))
+        # As torch exports its attention: a fully connected layer over all tokens in a row.
+        rows = make.op("Flatten", (joined,), (size, width), axis=2)
+        x = make.add(x, make.reshape(make.gemm(rows, width), (size, width)))
+        hidden = make.bias(make.matmul(make.norm(x), int(rng.choice([1, 2, 4])) * width))
+        hidden = make.op("Gelu", (hidden,), make.tensors[hidden].shape)
+        x = make.add(x, make.bias(make.matmul(hidden, width)))
+    return make.build(make.norm(x))
 
 
 def heavy_net(channels: int, depth: int, size: int = 6) -> ModelGraph:
@@ -288,9 +365,13 @@ def random_weights(graph: ModelGraph, rng: np.random.Generator) -> dict[str, tor
             shape = graph.tensors[name].shape
             if layer.op == "Clip":
                 weights[name] = torch.tensor(0.0 if position == 1 else 6.0)
+            elif layer.op == "Reshape":
+                weights[name] = torch.tensor([-1, *graph.tensors[layer.outputs[0]].shape])
             else:
                 fan_in = float(np.prod(shape[1:])) if len(shape) > 1 else 100.0
-                weights[name] = torch.from_numpy((rng.standard_normal(shape) * fan_in**-0.5).astype(np.float32))
+                values = np.asarray(rng.standard_normal(shape) * fan_in**-0.5, dtype=np.float32)
+                variance = layer.op == "BatchNormalization" and position == 4
+                weights[name] = torch.from_numpy(np.abs(values) + 0.1 if variance else values)
     return weights
 
 

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import helper, numpy_helper
 
 from autocompress.errors import UsageError
 from autocompress.progress import Progress, SilentProgress
-from autocompress.runtime.session import make_session
+from autocompress.runtime.base import DEFAULT_RUNTIME, Session, load_runtime
 
 WINDOW_S = 0.02
 """Length of one model's turn: long enough for a median, short enough that a disturbance rarely falls inside."""
@@ -72,6 +71,7 @@ def measure_latency(
     batch: int = 1,
     seconds_each: float = 1.0,
     progress: Progress | None = None,
+    runtime: str = DEFAULT_RUNTIME,
 ) -> dict[str, LatencyStats]:
     """Times every model, interleaved, in plain sessions.
 
@@ -82,6 +82,8 @@ def measure_latency(
         seconds_each: time spent on each model, the reference kernel aside; up to twice as long where other
             work on the machine disturbs most windows.
         progress: told of each round.
+        runtime: where they run, by its name in ``base.RUNTIMES``.  The reference kernel runs in the same one: threads
+            of two runtimes would disturb each other.
 
     Returns:
         For each name its statistics.  Two calls agree within 2-3% unless the machine is loaded throughout.
@@ -89,8 +91,9 @@ def measure_latency(
     if batch < 1 or seconds_each <= 0:
         raise UsageError(f"batch={batch}, seconds_each={seconds_each}: both must be positive")
     progress = progress or SilentProgress()
-    runners = {name: _runner(make_session(path, threads), batch) for name, path in models.items()}
-    reference = _runner(make_session(_reference_model(), threads), 1)
+    opened = load_runtime(runtime)
+    runners = {name: _runner(opened.session(path, threads, batch), batch) for name, path in models.items()}
+    reference = _runner(opened.session(_reference_model(), threads, 1), 1)
     for run in (*runners.values(), reference):
         for _ in range(MIN_RUNS):
             run()
@@ -167,19 +170,19 @@ def _summarise(windows: list[_Window], floor: float, threads: int) -> LatencySta
     return LatencyStats(float(np.median(medians)), p95, float(low), float(high), len(windows), count)
 
 
-def _runner(session: ort.InferenceSession, batch: int) -> Callable[[], object]:
+def _runner(session: Session, batch: int) -> Callable[[], object]:
     """A call that runs the session once on fixed inputs."""
     rng = np.random.default_rng(0)
     feed = {}
-    for given in session.get_inputs():
-        shape = [size if isinstance(size, int) else batch for size in given.shape]
-        if given.type == "tensor(float)":
+    for given in session.inputs:
+        shape = [batch if size is None else size for size in given.shape]
+        if given.dtype == "float32":
             feed[given.name] = rng.random(shape, dtype=np.float32)
-        elif given.type in ("tensor(int64)", "tensor(int32)"):
-            feed[given.name] = np.ones(shape, given.type[7:-1])
+        elif given.dtype in ("int64", "int32"):
+            feed[given.name] = np.ones(shape, given.dtype)
         else:
-            raise UsageError(f"cannot time input {given.name!r} of type {given.type}: it must be float32 or integer")
-    return lambda: session.run(None, feed)
+            raise UsageError(f"cannot time input {given.name!r} of type {given.dtype}: it must be float32 or integer")
+    return lambda: session.run(feed)
 
 
 def _reference_model() -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 
 from autocompress.hardware.analytic_profile import AnalyticProfile
@@ -12,6 +13,7 @@ from autocompress.hardware.kernels import KINDS, Work
 from autocompress.hardware.models import COST_MODELS, cost_model
 from autocompress.hardware.profile import list_hardware, load_hardware
 from autocompress.hardware.profile_check import check_profile, profile_schema, unsourced_fields
+from autocompress.hardware.synthetic import encoder_net, inverted_net
 from autocompress.plan import INT8_WEIGHT, CompressionPlan, Estimate, LayerPlan
 from autocompress.resources import resource_dir
 from tests.fixtures.search import make_graph
@@ -48,10 +50,18 @@ def test_profiles_are_sound_and_sourced(name: str) -> None:
         assert profile.error_band >= 0.3, "nobody knows a device from its data sheet to better than a third"
 
 
+GRAPHS = {
+    "residual": make_graph,
+    "inverted": lambda: inverted_net(np.random.default_rng(0), 32, (16, 24)),
+    "encoder": lambda: encoder_net(np.random.default_rng(0), 32, (64, 96)),
+}
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_device_prices_a_model(name: str) -> None:
+def test_every_device_prices_a_model(name: str, graph: str) -> None:
     model = cost_model(load_hardware(name))
-    skeleton = model.lower(make_graph())
+    skeleton = model.lower(GRAPHS[graph]())
     int8 = CompressionPlan(layers=dict.fromkeys(skeleton.layer_names, LayerPlan(compute="int8", storage=INT8_WEIGHT)))
     halved = int8.model_copy(update={"groups": {group.id: group.size // 2 for group in skeleton.graph.groups}})
     table = skeleton.price([int8, halved, CompressionPlan()])
@@ -63,6 +73,7 @@ def test_every_device_prices_a_model(name: str) -> None:
     latency = estimate.costs["latency_ms"]
     assert latency.low < latency.value < latency.high
     assert sum(estimate.per_kernel.values()) == pytest.approx(latency.value)
+    assert estimate.unmodelled == ()
 
 
 @pytest.mark.parametrize("name", SHIPPED)
