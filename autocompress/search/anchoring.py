@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from autocompress.config import RunConfig
 from autocompress.export.onnx import write_onnx
 from autocompress.hardware.anchors import anchor_plans
-from autocompress.hardware.profile import HardwareProfile
+from autocompress.hardware.calibration import Observation
+from autocompress.hardware.kernels import Work
+from autocompress.hardware.profile import FittedProfile, HardwareProfile
+from autocompress.hardware.profiling import profile_kernels
+from autocompress.hardware.reading import TimedKernel
 from autocompress.hardware.skeleton import Skeleton
 from autocompress.plan import CompressionPlan, digest_of
 from autocompress.progress import Progress
 from autocompress.runtime.timing import measure_latency
 from autocompress.search.bases import Base
 from autocompress.search.evaluate import StitchedEvaluator
-from autocompress.search.feedback import Feedback, Observation
+from autocompress.search.feedback import Feedback
 from autocompress.search.files import read_json, write_text
 from autocompress.search.menu import Menu
 from autocompress.search.pruning import covering
@@ -49,14 +55,14 @@ def calibrate(
     extra = unmeasured_plans(menu, base.skeleton, plans)
     own = run / ".work" / "anchors.json"
     given = [base.graph.model_dump(mode="json"), profile.model_dump(mode="json"), config.threads, config.batch]
-    key = digest_of([*given, *(plan.structure_digest for plan in extra)])
+    key = digest_of(["kernels", *given, *(plan.structure_digest for plan in extra)])
     shared = cache_directory() / "anchors" / f"{key}.json"
     stored = read_json(own) or read_json(shared)
     if stored is None:
-        stored = _measure([*plans, *extra], evaluator, config, progress)
+        stored = _measure([*plans, *extra], evaluator, profile, config, progress)
         write_text(shared, json.dumps(stored))
     write_text(own, json.dumps(stored))
-    anchors: list[Observation] = [(CompressionPlan.model_validate(plan), ms, size) for plan, ms, size in stored]
+    anchors = [_observation(row) for row in stored]
     base.skeleton.calibrate(anchors)
     logger.info("cost model calibrated on %d artifacts, %d for kernels never measured", len(anchors), len(extra))
     seen = run / ".work" / "observations.json"
@@ -82,8 +88,13 @@ def _unmodelled(skeleton: Skeleton, plan: CompressionPlan) -> set[str]:
 
 
 def _measure(
-    plans: Sequence[CompressionPlan], evaluator: StitchedEvaluator, config: RunConfig, progress: Progress
-) -> list[tuple[object, float, int]]:
+    plans: Sequence[CompressionPlan],
+    evaluator: StitchedEvaluator,
+    profile: HardwareProfile,
+    config: RunConfig,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Exports plans, times the whole of each and, for a profile of kernels, its kernels too."""
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
         files, sizes = {}, {}
         progress.stage("anchors", len(plans))
@@ -95,7 +106,25 @@ def _measure(
         stats = measure_latency(
             files, threads=config.threads, batch=config.batch, seconds_each=ANCHOR_SECONDS, progress=progress
         )
+        kernels: Sequence[Sequence[TimedKernel]] = [()] * len(plans)
+        if isinstance(profile, FittedProfile):
+            models = [path.read_bytes() for path in files.values()]
+            block = profile.nchwc_block
+            kernels = profile_kernels(models, block, threads=config.threads, batch=config.batch, progress=progress)
     return [
-        (plan.model_dump(mode="json"), stats[str(index)].median_ms, sizes[str(index)])
-        for index, plan in enumerate(plans)
+        {
+            "plan": plan.model_dump(mode="json"),
+            "latency_ms": stats[name].median_ms,
+            "size_bytes": sizes[name],
+            "kernels": [
+                {"kind": k.kind, "work": dataclasses.asdict(k.work), "microseconds": k.microseconds} for k in timed
+            ],
+        }
+        for plan, name, timed in zip(plans, files, kernels, strict=True)
     ]
+
+
+def _observation(row: dict[str, Any]) -> Observation:
+    """What ``_measure`` wrote."""
+    kernels = [TimedKernel(k["kind"], Work(**k["work"]), k["microseconds"]) for k in row["kernels"]]
+    return Observation(CompressionPlan.model_validate(row["plan"]), row["latency_ms"], row["size_bytes"], kernels)

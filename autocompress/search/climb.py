@@ -363,7 +363,7 @@ class Climber:
         if context.learn(names):
             for base in self._bases.values():
                 if base is not None:
-                    base.skeleton.calibration = context.original.skeleton.calibration
+                    base.skeleton.adopt(context.original.skeleton)
             self.scored = context.repriced(self.scored)
 
 

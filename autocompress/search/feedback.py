@@ -6,12 +6,10 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from autocompress.hardware.calibration import Observation
 from autocompress.hardware.skeleton import Skeleton
 from autocompress.plan import CompressionPlan, FrontPoint, Original
 from autocompress.search.files import read_json, write_text
-
-Observation = tuple[CompressionPlan, float, float]
-"""A plan, its latency in ms, and the bytes of its file."""
 
 MOST_REMEMBERED = 5000
 """Measurements kept for other searches of the same model; the oldest make room."""
@@ -34,11 +32,10 @@ class Feedback:
     def __init__(self, skeleton: Skeleton, anchors: Sequence[Observation], own: Path, shared: Path) -> None:
         self.skeleton, self.anchors, self._own, self._shared = skeleton, list(anchors), own, shared
         stored = read_json(own) or []
-        self.observations: list[Observation] = [
-            (CompressionPlan.model_validate(plan), ms, size) for plan, ms, size in stored
-        ]
-        self._seen = {plan.structure_digest for plan, _, _ in [*self.anchors, *self.observations]}
-        self._dense_ms = next((ms for plan, ms, _ in self.anchors if not plan.groups and not plan.layers), None)
+        self.observations = [Observation(CompressionPlan.model_validate(plan), ms, size) for plan, ms, size in stored]
+        self._seen = {seen.plan.structure_digest for seen in [*self.anchors, *self.observations]}
+        whole = (seen for seen in self.anchors if not seen.plan.groups and not seen.plan.layers)
+        self._dense_ms = next((seen.latency_ms for seen in whole), None)
 
     def take(self, points: Iterable[FrontPoint], reference: FrontPoint) -> int:
         """Remembers the measurements of points of the original model; gives how many were new.
@@ -57,11 +54,11 @@ class Feedback:
             digest = plan.structure_digest
             ms, size = known.setdefault(digest, [measured * drift, float(point.size_bytes)])
             self._seen.add(digest)
-            self.observations.append((plan, ms, size))
+            self.observations.append(Observation(plan, ms, size))
             fresh += 1
         if fresh:
             write_text(self._shared, json.dumps(dict(list(known.items())[-MOST_REMEMBERED:])))
-            rows = [(plan.model_dump(mode="json"), ms, size) for plan, ms, size in self.observations]
+            rows = [(o.plan.model_dump(mode="json"), o.latency_ms, o.size_bytes) for o in self.observations]
             write_text(self._own, json.dumps(rows))
         return fresh
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from autocompress.hardware.anchors import anchor_plans
+from autocompress.hardware.calibration import Observation
 from autocompress.hardware.skeleton import Skeleton
 from autocompress.plan import CompressionPlan, FrontPoint, LayerPlan, Student
 from autocompress.search.anchoring import unmeasured_plans
-from autocompress.search.feedback import Feedback, Observation
+from autocompress.search.feedback import Feedback
 from autocompress.search.menu import format_of
 from tests.fixtures.runs import make_point
 from tests.fixtures.search import make_graph, make_menu, make_profile, make_skeleton
@@ -25,7 +26,8 @@ def anchored() -> tuple[Skeleton, list[Observation]]:
     plans = anchor_plans(skeleton.graph)
     table = skeleton.price(plans)
     anchors = [
-        (p, float(ms), float(size)) for p, ms, size in zip(plans, table.latency_ms, table.size_bytes, strict=True)
+        Observation(p, float(ms), float(size))
+        for p, ms, size in zip(plans, table.latency_ms, table.size_bytes, strict=True)
     ]
     skeleton.calibrate(anchors)
     return skeleton, anchors
