@@ -64,13 +64,15 @@ def _kernels(prediction: Prediction, top: int) -> Table:
     total = sum(prediction.estimate.per_kernel.values())
     kinds = {kernel.name: f"{kernel.op} as {kernel.kind}" for kernel in prediction.kernels}
     ordered = sorted(prediction.estimate.per_kernel.items(), key=lambda item: -item[1])
-    table = _plain_table(f"slowest of {len(ordered)}", "latency", "share", "class", numbers=(1, 2))
+    headings = (f"slowest of {len(ordered)}", "latency", "share", *(["class"] if kinds else []))
+    table = _plain_table(*headings, numbers=(1, 2))
     for name, milliseconds in ordered[:top]:
         share = f"{milliseconds / total:.1%}" if total else ""
-        table.add_row(Text(name), format_ms(milliseconds), share, Text(kinds.get(name, ""), style="dim"))
+        row: list[RenderableType] = [Text(name), format_ms(milliseconds), share, Text(kinds.get(name, ""), style="dim")]
+        table.add_row(*row[: len(headings)])
     rest = sum(milliseconds for _, milliseconds in ordered[top:])
     if rest:
-        table.add_row(Text("the rest", style="dim"), format_ms(rest), f"{rest / total:.1%}", "")
+        table.add_row(Text("the rest", style="dim"), format_ms(rest), f"{rest / total:.1%}")
     return table
 
 

@@ -22,17 +22,34 @@ CACHES_MB = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """How much of a model's weights may stay cached between two runs; the level that matters shows only in the times."""
 
 _FAMILY_COLUMNS = tuple(family for family in FAMILIES if family != MEMORY)
-_KERNEL_NOISE = 0.08
-_KERNEL_NOISE_US = 0.25
-_RUN_NOISE = 0.015
 _PRIOR_NOISE = 0.25
 _PRIOR_NOISE_US = 1.0
-_TIMING_US = 2.0
-"""What timing one kernel costs, roughly; a family's own value is fitted around it."""
-
 _TIMING_SPREAD_US = 0.3
 _PER_RUN_US = 5.0
 
+
+@dataclass(frozen=True)
+class Noise:
+    """How far a runtime's profile can be believed.
+
+    Attributes:
+        timing_us: what timing one kernel costs, roughly; a family's own value is fitted around it.
+        kernel: the relative error of a kernel's time.
+        kernel_us: its error in microseconds.
+        run: the relative error of a whole run's time.
+    """
+
+    timing_us: float = 2.0
+    kernel: float = 0.08
+    kernel_us: float = 0.25
+    run: float = 0.015
+
+
+ONNXRUNTIME = Noise()
+"""Timestamps around every kernel of undisturbed runs."""
+
+OPENVINO = Noise(timing_us=0.0, kernel=0.2, kernel_us=0.5, run=0.01)
+"""Whole microseconds, and means that disturbed runs are part of."""
 
 @dataclass(frozen=True)
 class MeasuredModel:
@@ -74,7 +91,10 @@ class Fit:
 
 
 def fit_kernels(
-    models: Sequence[MeasuredModel], cache_mb: float | None = None, priors: Sequence[PriorKernel] = ()
+    models: Sequence[MeasuredModel],
+    cache_mb: float | None = None,
+    priors: Sequence[PriorKernel] = (),
+    noise: Noise = ONNXRUNTIME,
 ) -> Fit:
     """Solves for the coefficients of every kernel class that occurs, all of them non-negative.
 
@@ -83,9 +103,10 @@ def fit_kernels(
         cache_mb: models whose weights outgrow this pay for them; where none is given, the one of ``CACHES_MB`` that
             fits best.
         priors: costs known from elsewhere, which count less than what was measured.
+        noise: what the times are worth; the default is that of ONNX Runtime's profiler.
     """
     if cache_mb is None:
-        return min((fit_kernels(models, cache, priors) for cache in CACHES_MB), key=lambda fit: fit.residual)
+        return min((fit_kernels(models, cache, priors, noise) for cache in CACHES_MB), key=lambda fit: fit.residual)
     kinds = sorted({k.kind for model in models for k in model.kernels} | {prior.kind for prior in priors})
     width = len(FEATURES)
     place = {kind: index * width for index, kind in enumerate(kinds)}
@@ -109,10 +130,10 @@ def fit_kernels(
             total += row
             row[-2] = cold * float(kernel.work.weight_bytes) / weights if weights else 0.0
             row[timing + _FAMILY_COLUMNS.index(KINDS[kernel.kind])] = 1.0
-            net = max(kernel.microseconds - _TIMING_US, _KERNEL_NOISE_US)
-            append(row, kernel.microseconds, _KERNEL_NOISE * net + _KERNEL_NOISE_US)
+            net = max(kernel.microseconds - noise.timing_us, noise.kernel_us)
+            append(row, kernel.microseconds, noise.kernel * net + noise.kernel_us)
         total[-2], total[-1] = cold, 1.0
-        append(total, model.latency_us, _RUN_NOISE * model.latency_us)
+        append(total, model.latency_us, noise.run * model.latency_us)
     for prior in priors:
         row = np.zeros(columns)
         row[place[prior.kind] : place[prior.kind] + width] = feature_row(prior.work)
@@ -120,7 +141,7 @@ def fit_kernels(
     for family in range(len(_FAMILY_COLUMNS)):
         row = np.zeros(columns)
         row[timing + family] = 1.0
-        append(row, _TIMING_US, _TIMING_SPREAD_US)
+        append(row, noise.timing_us, _TIMING_SPREAD_US)
     row = np.zeros(columns)
     row[-1] = 1.0
     append(row, _PER_RUN_US, _PER_RUN_US)
@@ -154,19 +175,24 @@ def non_negative(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, float
     """
     scale = np.abs(left).max(axis=0)
     used = scale > 0
-    triangle = np.linalg.qr(np.column_stack([left[:, used] / scale[used], right]), mode="r")
+    triangle: np.ndarray = np.asarray(np.linalg.qr(np.column_stack([left[:, used] / scale[used], right]), mode="r"))
     solved, residual = nnls(triangle[:, :-1], triangle[:, -1], maxiter=100 * int(used.sum()))
     solution = np.zeros(left.shape[1])
     solution[used] = solved / scale[used]
     return solution, float(residual)
 
 
-def hold_out(models: Sequence[MeasuredModel], cache_mb: float | None = None, folds: int = 5) -> HoldOut:
+def hold_out(
+    models: Sequence[MeasuredModel],
+    cache_mb: float | None = None,
+    folds: int = 5,
+    noise: Noise = ONNXRUNTIME,
+) -> HoldOut:
     """Errors on models left out of the fit in turn: the kernels of each are known, their costs are not."""
     measured = np.array([model.latency_us for model in models])
     predicted = np.zeros(len(models))
     for fold in range(folds):
-        fit = fit_kernels([model for index, model in enumerate(models) if index % folds != fold], cache_mb)
+        fit = fit_kernels([model for index, model in enumerate(models) if index % folds != fold], cache_mb, noise=noise)
         for index in range(fold, len(models), folds):
             predicted[index] = fit.latency_us(models[index])
     return errors_of(predicted, measured)

@@ -11,26 +11,39 @@ The rules below were read off the execution graphs of its compiled models:
 * What a float kernel writes for int8 readers is quantized once, by a kernel of its own.
 * An int8 convolution with a float summand rescales that first, and its float readers undo that, each by itself; a
   float convolution does not take in an int8 summand.
+* An elementwise operator of one tensor joins whatever computed it; behind an int8 product it joins the dequantizer.
+* Elementwise kernels quantize what they write, or write both.  A layer norm is a normalisation and such a kernel.
+* Attention (two products, the softmax between them, the scale, all transpositions
+  but the keys') is one kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from autocompress.hardware.kernels import Number, aligned_int8, conv_work, gemm_work, move_work
-from autocompress.hardware.lowering import ELEMENTWISE, VIEWS, Emit, Mask, Step
-from autocompress.methods.quantization import FOLLOWERS, MOVERS
-from autocompress.plan import Layer, ModelGraph, is_weight_layer
-
-_UNARY = frozenset({"Sigmoid", "LeakyRelu", "Relu", "Clip", "HardSwish", "HardSigmoid", "Tanh", "Gelu", "Erf", "Elu"})
-"""Taken in by the convolution or product before them, whatever they are."""
-
-_POSITIVE = frozenset({"Relu", "Clip", "Sigmoid", "HardSigmoid", "Softmax"})
+from autocompress.hardware.kernels import LIGHT, VIEWS, Number, Work, conv_work, gemm_work, light_work, move_work
+from autocompress.hardware.lowering import Mask, Step
+from autocompress.hardware.openvino_patterns import JOINING, Attention, find_attention
+from autocompress.hardware.openvino_tensors import OpenvinoTensors
+from autocompress.methods.quantization import FOLLOWERS
+from autocompress.plan import Layer, is_weight_layer
 
 _POOLS = {"GlobalAveragePool": "global_pool", "AveragePool": "pool", "MaxPool": "pool"}
+
+
+def conv_kind(base: str, integer: bool, grouped: bool) -> str:
+    """The class of a convolution; all channel counts take the same kernels, so no slower path is told apart."""
+    return "conv_plain_fp32" if grouped and not integer else f"{base}_int8" if integer else f"{base}_fp32"
+
+
+def brgemm_work(
+    kind: str, positions: Number, window: int, inputs: Number, outputs: Number, input_positions: Number, block: int
+) -> Work:
+    """``conv_work`` of kernels that pad output channels to whole vectors but take input channels as they come."""
+    counted = kind.replace("_fp32", "_few_fp32") if kind in ("conv_fp32", "pointwise_fp32") else kind
+    return conv_work(counted, positions, window, inputs, outputs, input_positions, block)
 
 
 @dataclass(frozen=True)
@@ -44,44 +57,35 @@ class _Sum:
 
 
 @dataclass
-class OpenvinoLowering:
-    """One pass over a graph for a batch of plans; ``run`` emits every kernel.  Arguments are those of ``Lowering``."""
+class OpenvinoLowering(OpenvinoTensors):
+    """One pass over a graph for a batch of plans; ``run`` emits every kernel."""
 
-    graph: ModelGraph
-    steps: tuple[Step, ...]
-    dims: Mapping[str, tuple[Number, ...]]
-    int8: Mapping[str, Mask]
-    held: Mapping[str, Mask]
-    count: int
-    block: int
-    batch: int
-    emit: Emit
-    integers: dict[str, Mask] = field(default_factory=dict)
-    """Under which plans a tensor lies in memory as integers."""
-    channels_last: set[str] = field(default_factory=set)
     summed: dict[str, Mask] = field(default_factory=dict)
     """Under which plans an addition runs inside a convolution."""
 
     def __post_init__(self) -> None:
-        self.none = np.zeros(self.count, dtype=bool)
-        self.all = ~self.none
-        self._results = {step.layer.name: step.result for step in self.steps}
-        self._wants: dict[str, Mask] = {}
-        self._dequantized: dict[tuple[str, bool], Mask] = {}
-        self._from_zero = _never_negative(self.graph)
+        super().__post_init__()
+        self._attention = find_attention(self.graph)
+        self._inside = {name for found in self._attention.values() for name in found.inside}
 
     def run(self) -> None:
         for tensor in self.graph.inputs:
             self._quantize(tensor, self.all)
         for step in self.steps:
             layer = step.layer
-            if step.folded or not layer.outputs:
+            if step.folded or not layer.outputs or layer.name in self._inside or step.fused == "gate":
                 continue
             if layer.op == "Conv" and step.weight:
                 self._convolution(step)
+            elif layer.name in self._attention:
+                self._attend(self._attention[layer.name])
             elif layer.op in ("Gemm", "MatMul"):
                 self._product(step)
-            elif layer.op == "Add" and not layer.weights:
+            elif layer.op == "LayerNormalization":
+                self._norm(step)
+            elif step.fused == "swish":
+                self._swish(step)
+            elif layer.op in ("Add", "Mul") and not layer.weights:
                 self._add(step)
             elif layer.op in _POOLS or layer.op == "Concat":
                 self._follower(step)
@@ -89,92 +93,6 @@ class OpenvinoLowering:
                 self._view(step)
             else:
                 self._other(step)
-
-    # ---------------------------------------------------------------------------------------------- tensors
-
-    def _elements(self, tensor: str) -> Number:
-        count: Number = self.batch
-        for size in self.dims[tensor]:
-            count = count * size
-        return count
-
-    def _mask(self, condition: Number) -> Mask:
-        return condition if isinstance(condition, np.ndarray) else (self.all if condition else self.none)
-
-    def _is_held(self, tensor: str) -> Mask:
-        return self.held.get(tensor, self.none)
-
-    def _in_integers(self, tensor: str) -> Mask:
-        return self.integers.get(tensor, self.none)
-
-    def _all_held(self, layer: Layer) -> Mask:
-        """Whether an operator without weights computes in integers."""
-        mask = self._is_held(self._results[layer.name])
-        for tensor in layer.activations:
-            mask = mask & self._is_held(tensor)
-        return mask
-
-    def _integer_readers(self, tensor: str) -> Mask:
-        """Under which plans an int8 kernel reads the tensor."""
-        if tensor not in self._wants:
-            mask = self.none
-            for layer in self.graph.consumers.get(tensor, ()):
-                if is_weight_layer(layer):
-                    mask = mask | self.int8.get(layer.name, self.none)
-                elif layer.op in FOLLOWERS and layer.name in self._results:
-                    mask = mask | self._all_held(layer)
-            self._wants[tensor] = mask
-        return self._wants[tensor]
-
-    def _quantize(self, tensor: str, computed_float: Mask) -> None:
-        """The tensor was computed in float32: where the plan holds it in int8, a kernel makes integers of it."""
-        mask = self._is_held(tensor) & computed_float
-        if mask.any():
-            elements = self._elements(tensor)
-            self.emit(tensor, "quantize", move_work(4 * elements, elements), mask, True)
-            self.integers[tensor] = self._in_integers(tensor) | mask
-
-    def _written_int8(self, tensor: str, computed_int8: Mask) -> Mask:
-        """An int8 kernel computed the tensor: under which plans it writes integers."""
-        mask = computed_int8 & self._is_held(tensor)
-        adds = any(layer.op == "Add" for layer in self.graph.consumers.get(tensor, ()))
-        if tensor in self._from_zero and not adds:
-            mask = mask & self._integer_readers(tensor)
-        self.integers[tensor] = self._in_integers(tensor) | mask
-        return mask
-
-    def _read_float(self, tensor: str, mask: Mask, between: Mask | None = None) -> None:
-        """A float kernel reads the tensor; ``between``: under which plans it is a layer whose result is int8 too."""
-        mask = mask & self._in_integers(tensor)
-        inner = self.none if between is None else between
-        for per_channel, wanted in ((True, mask & inner), (False, mask & ~inner)):
-            known = self._dequantized.get((tensor, per_channel), self.none)
-            new = wanted & ~known
-            self._dequantized[tensor, per_channel] = known | new
-            if not new.any():
-                continue
-            elements = self._elements(tensor)
-            self.emit(tensor, "dequantize", move_work(elements, 4 * elements), new, True)
-            if not per_channel and tensor in self.channels_last and tensor not in self._from_zero:
-                self.emit(tensor, "transpose_int8", move_work(elements, elements), new, True)
-                self.emit(tensor, "reorder_input", move_work(4 * elements, 4 * elements), new, True)
-
-    def _make_channels_last(self, tensor: str) -> None:
-        shape = self.dims[tensor]
-        if tensor in self.channels_last or len(shape) < 2:
-            return
-        self.channels_last.add(tensor)
-        if not isinstance(shape[0], np.ndarray) and shape[0] == 1:
-            return  # one channel: the same memory either way
-        self._reorder(tensor, "reorder_input")
-
-    def _reorder(self, tensor: str, kind: str) -> None:
-        elements = self._elements(tensor)
-        integers = self._in_integers(tensor)
-        self.emit(tensor, "transpose_int8", move_work(elements, elements), integers, True)
-        self.emit(tensor, kind, move_work(4 * elements, 4 * elements), ~integers, True)
-
-    # ---------------------------------------------------------------------------------------------- kernels
 
     def _convolution(self, step: Step) -> None:
         layer = step.layer
@@ -201,22 +119,15 @@ class OpenvinoLowering:
         def each(kind: str, mask: Mask) -> None:
             if not mask.any():
                 return
-            work = conv_work(kind, positions, window, inputs, outputs, input_positions, self.block)
+            work = brgemm_work(kind, positions, window, inputs, outputs, input_positions, self.block)
             read = work.read_bytes + extra
             if kind.endswith("int8"):
                 read = read + np.where(integers, 0, 3 * positions * outputs)
             self.emit(layer.name, kind, replace(work, read_bytes=read), mask, True)
 
         base = "depthwise" if depthwise else "pointwise" if window == 1 else "conv"
-        aligned = self._mask(aligned_int8(inputs, outputs, depthwise)) if depthwise or not grouped else self.none
-        each(f"{base}_int8", int8 & aligned)
-        each(f"{base}_plain_int8", int8 & ~aligned)
-        if grouped and not depthwise:
-            each("conv_plain_fp32", floating)
-        else:
-            few = self.none if depthwise else self._mask(inputs < self.block)
-            each(f"{base}_few_fp32", floating & few)
-            each(f"{base}_fp32", floating & ~few)
+        for integer, mask in ((True, int8), (False, floating)):
+            each(conv_kind(base, integer, grouped and not depthwise), mask)
         self.channels_last.add(step.result)
         self._quantize(step.result, floating & ~added)
         if result != step.result:
@@ -293,13 +204,15 @@ class OpenvinoLowering:
         elements = self._elements(layer.outputs[0])
         read: Number = 0
         for tensor in layer.activations:
-            read = read + np.where(self._in_integers(tensor), 1, 4) * elements
+            waiting, _ = self._pending.get(tensor, (self.none, False))
+            read = read + np.where(self._in_integers(tensor) | waiting, 1, 4) * self._elements(tensor)
         # It quantizes what it writes by itself.
         integers = alone & self._is_held(step.result)
         written = np.where(integers, 1, 4) * elements
         self.emit(layer.name, "add_int8", move_work(read, written), alone & int8, True)
         self.emit(layer.name, "add_fp32", move_work(read, written), alone & ~int8, True)
         self.integers[step.result] = self._in_integers(step.result) | integers
+        self._wrote_both(step.result, integers)
 
     def _follower(self, step: Step) -> None:
         """Pooling and concatenation: int8 when all they read is int8."""
@@ -337,41 +250,77 @@ class OpenvinoLowering:
                 self._reorder(tensor, "reorder_output")
             elif tensor in self.channels_last:
                 self.channels_last.add(step.result)
+            self._settle(tensor, self.all)
             self._read_float(tensor, ~int8 & self._is_held(tensor) & ~self._is_held(step.result))
         self.integers[step.result] = self._in_integers(step.result) | int8
         self._quantize(step.result, ~int8)
+
+    def _attend(self, found: Attention) -> None:
+        query, key, value = (self._elements(t) for t in (found.query, found.key, found.value))
+        for tensor in (found.query, found.key, found.value):
+            self._read_float(tensor, self.all)
+        scores = self._elements(found.scores)
+        depth, width = self.dims[found.query][-1], self.dims[found.value][-1]
+        work = Work(
+            macs=scores * (depth + width),
+            read_bytes=4 * (query + key + value),
+            written_bytes=4 * self._elements(found.out),
+        )
+        self.emit(found.name, "attention_fp32", work, self.all, True)
+        self._quantize(found.out, self.all)
+
+    def _norm(self, step: Step) -> None:
+        layer, tensor = step.layer, step.result
+        self._read_float(layer.activations[0], self.all)
+        elements = self._elements(tensor)
+        self.emit(layer.name, "norm_fp32", move_work(4 * elements, 4 * elements), self.all, True)
+        held = self._is_held(tensor)
+        self.emit(layer.name, "elementwise_fp32", move_work(4 * elements, 4 * elements), ~held, True)
+        self._quantize(tensor, self.all)
+        self._wrote_both(tensor, held)
+
+    def _swish(self, step: Step) -> None:
+        """``x * sigmoid(x)``: inside a float product, a kernel of its own behind an int8 one."""
+        layer = step.layer
+        source = next(t for t in layer.activations if self.graph.producers[t].op != "Sigmoid")
+        maker = self.graph.producers.get(source)
+        elements = self._elements(source)
+        integers, held = self._in_integers(source), self._is_held(step.result)
+        if maker is None or not is_weight_layer(maker):
+            self.emit(layer.name, "curve_fp32", move_work(4 * elements, 4 * elements), ~integers, True)
+        self.emit(layer.name, "curve_int8", move_work(elements, elements), integers & held, True)
+        self.emit(layer.name, "curve_fp32", move_work(elements, 4 * elements), integers & ~held, True)
+        if source in self.channels_last:
+            self.channels_last.add(step.result)
+        self.integers[step.result] = integers & held
+        self._wrote_both(step.result, integers & held)
+        self._quantize(step.result, ~integers)
 
     def _other(self, step: Step) -> None:
         layer = step.layer
         maker = self.graph.producers.get(layer.activations[0]) if layer.activations else None
         if layer.activations and layer.activations[0] in self.channels_last:
             self.channels_last.add(step.result)
-        taken_in = (
-            layer.op in _UNARY
+        int8 = self._all_held(layer) if layer.op in FOLLOWERS else self.none
+        kind = "transpose_fp32" if layer.op == "Transpose" else LIGHT.get(layer.op, "other_fp32")
+        if kind == "batch_norm_fp32":
+            kind = "elementwise_fp32"
+        joins = (
+            kind in JOINING
+            and len(layer.activations) == 1
             and maker is not None
-            and is_weight_layer(maker)
+            and (is_weight_layer(maker) or maker.op == "LayerNormalization" or LIGHT.get(maker.op) in JOINING)
             and len(self.graph.consumers[layer.activations[0]]) == 1
         )
-        if not taken_in:
+        joined = self.none
+        if joins:
+            joined = self._join(layer.activations[0], step.result, kind, ~int8)
+        else:
             read: Number = 0
             for tensor in layer.activations:
-                self._read_float(tensor, self.all)
-                read = read + self._elements(tensor)
-            kind = "transpose_fp32" if layer.op == "Transpose" else "other_fp32"
-            if layer.op in ELEMENTWISE | _UNARY:
-                kind = "elementwise_fp32"
-            self.emit(layer.name, kind, move_work(4 * read, 4 * self._elements(layer.outputs[0])), self.all, True)
-        self._quantize(step.result, self.all)
-
-
-def _never_negative(graph: ModelGraph) -> set[str]:
-    """Tensors whose values start at 0, so that their integers have no zero point."""
-    found: set[str] = set()
-    for layer in graph.layers:
-        keeps = layer.op in MOVERS or layer.op in ("AveragePool", "GlobalAveragePool", "Concat")
-        if layer.op in _POSITIVE or (layer.activations and keeps and all(t in found for t in layer.activations)):
-            found.update(layer.outputs)
-    return found
-
-
-__all__ = ["OpenvinoLowering"]
+                self._read_float(tensor, ~int8)
+                read = read + 4 * self._elements(tensor)
+            written = 4 * self._elements(layer.outputs[0])
+            self.emit(layer.name, kind, light_work(kind, read, written), self.all, True)
+        self.integers[step.result] = self._in_integers(step.result) | int8
+        self._quantize(step.result, ~int8 & ~joined)

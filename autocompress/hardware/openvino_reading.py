@@ -14,13 +14,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from autocompress.hardware.kernels import Work, aligned_int8, conv_work, gemm_work, move_work
+from autocompress.hardware.kernels import Work, gemm_work, move_work
+from autocompress.hardware.openvino_lowering import brgemm_work, conv_kind
 from autocompress.hardware.reading import TimedKernel
-from autocompress.runtime.openvino import INTEGERS, OpenvinoSession, RuntimeNode, matrix_weights
+from autocompress.runtime.openvino import INTEGERS, OpenvinoSession, RuntimeInput, RuntimeNode, matrix_weights
 
 _WARM_UP = 20
 _REPEAT = 8
-"""Runs for each call of ``run``: means cut to whole microseconds ask for many."""
+_ENOUGH_S = 0.003
+"""Runs for each call of ``run``, and after what time they are enough: means cut to whole microseconds ask for many."""
 
 _CUT_US = 0.5
 """What cutting to whole microseconds takes away on average."""
@@ -28,6 +30,8 @@ _CUT_US = 0.5
 _LEAST_US = 0.2
 _WIDTHS = {"u8": 1, "i8": 1, "boolean": 1, "f16": 2, "bf16": 2, "f32": 4, "i32": 4, "i64": 8}
 _VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
+_NORMS = {"MVN": "norm_fp32", "RMSNorm": "norm_fp32", "Softmax": "softmax_fp32", "LogSoftmax": "softmax_fp32"}
+_CURVES = frozenset({"Sigmoid", "Swish", "Gelu", "Erf", "Tanh", "Exp", "HSwish", "HSigmoid", "Elu", "Mish", "SoftPlus"})
 _MOVES = {"Pooling": "pool", "Reduce": "global_pool", "Concatenation": "concat"}
 
 
@@ -51,10 +55,14 @@ class OpenvinoProfile:
 
     def run(self) -> None:
         """A few runs in a row."""
+        spent = 0.0
         for _ in range(_REPEAT):
             begin = time.perf_counter()
             self._session.run(self._feed)
             self._walls.append(time.perf_counter() - begin)
+            spent += self._walls[-1]
+            if spent > _ENOUGH_S:
+                break
 
     def finish(self, block: int) -> list[TimedKernel]:
         """Ends profiling; times are means of the undisturbed runs."""
@@ -88,16 +96,22 @@ def describe(node: RuntimeNode, block: int) -> tuple[str, Work] | None:
         return _convolution(node, block, read, written)
     if node.op in ("FullyConnected", "MatMul"):
         first = node.inputs[0].shape
-        name = f"gemm_{kind}" if len(first) == 2 and node.inputs[1].constant else f"matmul_{kind}"
-        work = gemm_work(name, _count(first[:-1]), first[-1], node.shape[-1])
+        name = f"gemm_{kind}" if len(first) == 2 else f"matmul_{kind}"
         if not node.inputs[1].constant:
-            work = replace(work, weight_bytes=_WIDTHS.get(node.inputs[1].dtype, 4) * _count(node.inputs[1].shape))
+            # Both factors are activations: what is read is no weight, and comes from the cache.
+            return "attention_fp32", Work(macs=_count(node.shape) * first[-1], read_bytes=read, written_bytes=written)
+        work = gemm_work(name, _count(first[:-1]), first[-1], node.shape[-1])
         return name, replace(work, read_bytes=read, written_bytes=written)
     weights = matrix_weights(node)
     if weights:
         works = [gemm_work(f"gemm_{kind}", _count(activations[0].shape[:-1]), w[1], w[0]) for w in weights]
         total = Work(macs=sum(w.macs for w in works), weight_bytes=sum(w.weight_bytes for w in works))
         return f"gemm_{kind}", replace(total, read_bytes=read, written_bytes=written)
+    if _attends(node, activations):
+        scores = _count(activations[0].shape) * activations[1].shape[-1]
+        return "attention_fp32", Work(macs=2 * scores, read_bytes=read, written_bytes=written)
+    if node.op in _NORMS:
+        return _NORMS[node.op], move_work(read, written)
     if node.op == "Reorder" and node.precision == node.written:
         if _in_place(node):
             return None
@@ -108,6 +122,9 @@ def describe(node: RuntimeNode, block: int) -> tuple[str, Work] | None:
         return f"transpose_{kind}", move_work(read, written)
     if node.op in _MOVES:
         return f"{_MOVES[node.op]}_{kind}", move_work(read, written)
+    if node.op not in ("Reorder", "Convert") and node.computes & _CURVES:
+        integers = kind == "int8" and node.written in INTEGERS
+        return ("curve_int8" if integers else "curve_fp32"), move_work(read, written)
     if len(activations) > 1:
         integers = all(given.dtype in INTEGERS for given in activations) and node.written in INTEGERS
         return ("add_int8" if integers else "add_fp32"), move_work(read, written)
@@ -127,15 +144,9 @@ def _convolution(node: RuntimeNode, block: int, read: int, written: int) -> tupl
     depthwise = groups > 1 and shape[0] == shape[1] == 1
     outputs, inputs, window = groups * shape[0], shape[1], _count(shape[2:])
     base = "depthwise" if depthwise else "pointwise" if window == 1 else "conv"
-    if node.integer:
-        aligned = bool(aligned_int8(inputs, outputs, depthwise)) and (depthwise or groups == 1)
-        kind = f"{base}_int8" if aligned else f"{base}_plain_int8"
-    elif groups > 1 and not depthwise:
-        kind = "conv_plain_fp32"
-    else:
-        kind = f"{base}_few_fp32" if not depthwise and inputs < block else f"{base}_fp32"
+    kind = conv_kind(base, node.integer, groups > 1 and not depthwise)
     positions, input_positions = data[0] * _count(node.shape[2:]), data[0] * _count(data[2:])
-    work = conv_work(kind, positions, window, inputs, outputs, input_positions, block)
+    work = brgemm_work(kind, positions, window, inputs, outputs, input_positions, block)
     # A sum that runs inside reads its other operand too.  Integers written as float32 cost more bandwidth but no more
     # arithmetic, so the wider bytes count as bandwidth and not as results.
     extra = read - _WIDTHS.get(node.inputs[0].dtype, 4) * _count(data)
@@ -153,6 +164,14 @@ def packed_block(threads: int = 1) -> int:
     nodes = OpenvinoSession(made.SerializeToString(), threads, 1).nodes()
     primitive = next(node.primitive for node in nodes if node.op == "Convolution")
     return 16 if "avx512" in primitive else 8 if "avx2" in primitive else 4
+
+
+def _attends(node: RuntimeNode, activations: list[RuntimeInput]) -> bool:
+    """Queries, keys with their last two axes exchanged, and values, in one kernel."""
+    if node.op != "Subgraph" or len(activations) < 3 or any(len(given.shape) != 4 for given in activations[:3]):
+        return False
+    query, key, value = (given.shape for given in activations[:3])
+    return query == value and sorted(query) == sorted(key) and query[3] == key[2]
 
 
 def _in_place(node: RuntimeNode) -> bool:

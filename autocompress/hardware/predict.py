@@ -149,7 +149,7 @@ def predict_in_detail(path: Path, profile: HardwareProfile, *, dims: Mapping[str
         costs=costs,
         per_kernel=_by_name(kernels) | extra,
         unmodelled=(
-            *_counted(kernel.op if kernel.kind == OTHER else f"{kernel.op} as {kernel.kind}" for kernel in unknown),
+            *_counted(kernel.op if kernel.kind == OTHER else f"{kernel.op} ({kernel.kind})" for kernel in unknown),
             *_counted(f"multiply-accumulates of {op}" for op in uncounted),
         ),
         notes=_notes(works, profile, peak, size),

@@ -318,19 +318,25 @@ def differences(profile: FittedProfile) -> list[ProfileCheck]:
     if here != made_on:
         detail = f"measured on another processor ({made_on}; here: {here})"
         found.append(ProfileCheck(name="processor", level="warning", detail=detail, remedy=again))
-    try:
-        installed = version(profile.runtime)
-    except PackageNotFoundError:
+    installed = _installed(profile.runtime)
+    if installed is None:
         detail, remedy = f"its runtime {profile.runtime} is not installed here", f"install {profile.runtime}"
         found.append(ProfileCheck(name="runtime", level="warning", detail=detail, remedy=remedy))
-    else:
-        if installed != profile.runtime_version:
-            detail = f"measured with {profile.runtime} {profile.runtime_version}; installed: {installed}"
-            remedy = (
-                f"measure again with 'autocompress profile', or install {profile.runtime}=={profile.runtime_version}"
-            )
-            found.append(ProfileCheck(name="runtime", level="warning", detail=detail, remedy=remedy))
+    elif installed != profile.runtime_version:
+        detail = f"measured with {profile.runtime} {profile.runtime_version}; installed: {installed}"
+        remedy = f"measure again with 'autocompress profile', or install {profile.runtime}=={profile.runtime_version}"
+        found.append(ProfileCheck(name="runtime", level="warning", detail=detail, remedy=remedy))
     return found
+
+
+def _installed(runtime: str) -> str | None:
+    """The version of a runtime here, whichever of its packages it came with."""
+    for package in (runtime, f"{runtime}-gpu"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return None
 
 
 def refuse_threads(threads: int, hardware: str) -> None:

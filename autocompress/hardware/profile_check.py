@@ -104,7 +104,8 @@ def _analytic(profile: AnalyticProfile) -> list[ProfileCheck]:
         checks.append(_found("sources", "warning", detail, "say in 'sources' where each comes from"))
     calibrated = f", calibrated on {len(profile.calibrated_on)} measurements" if profile.calibrated_on else ""
     detail = f"not validated by measurements: predictions within a factor of {1 + profile.error_band:g}{calibrated}"
-    remedy = "measure two or more models on the device and run 'autocompress profile --calibrate FILE'"
+    command = f"autocompress profile --calibrate FILE --hardware {profile.name} --out NEW"
+    remedy = f"measure two or more models on the device and run '{command}'"
     checks.append(_found("validated", "warning", detail, remedy))
     return checks
 

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from autocompress.hardware.fitting import ONNXRUNTIME, OPENVINO, Noise
 from autocompress.hardware.reading import TimedKernel
 from autocompress.registry import Registry
 
@@ -18,6 +19,8 @@ PROFILERS = Registry(
 )
 """By the name of the runtime."""
 
+_NOISE = {"onnxruntime": ONNXRUNTIME, "openvino": OPENVINO}
+
 
 class Profiled(Protocol):
     """A model in a session that times its kernels."""
@@ -27,6 +30,11 @@ class Profiled(Protocol):
 
     def finish(self, block: int) -> list[TimedKernel]:
         """Ends timing; ``block`` is how many channels the runtime packs together."""
+
+
+def noise_of(runtime: str) -> Noise:
+    """What the times of a runtime's profiler are worth."""
+    return _NOISE.get(runtime, ONNXRUNTIME)
 
 
 def profiled(runtime: str, model: bytes, feed: dict[str, np.ndarray], threads: int) -> Profiled:

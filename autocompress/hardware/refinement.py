@@ -107,16 +107,16 @@ def refine(
     ratios: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for anchor, kernels in zip(anchors, lowered, strict=True):
         timed: dict[tuple[object, ...], list[float]] = defaultdict(list)
-        for kernel in anchor.kernels:
-            net = max(kernel.microseconds - fit.timing_us.get(kernel.kind, 0.0), 0.3)
-            timed[LoweredKernel("", kernel.kind, kernel.work).signature].append(net)
+        for seen in anchor.kernels:
+            net = max(seen.microseconds - fit.timing_us.get(seen.kind, 0.0), 0.3)
+            timed[LoweredKernel("", seen.kind, seen.work).signature].append(net)
         for kernel in kernels:
             own = timed.get(kernel.signature) if kernel.work.macs else None
             predicted = float(cost_us(refined[kernel.kind], kernel.work))
             if own and predicted > 1.0:
-                seen = (float(np.log(kernel.work.macs)), float(np.log(np.mean(own) / predicted)))
-                ratios[kernel.label, kernel.kind].append(seen)
-    return Refinement(refined, {place: _factor(seen) for place, seen in ratios.items()})
+                ratio = (float(np.log(kernel.work.macs)), float(np.log(np.mean(own) / predicted)))
+                ratios[kernel.label, kernel.kind].append(ratio)
+    return Refinement(refined, {place: _factor(logs) for place, logs in ratios.items()})
 
 
 def _factor(seen: Sequence[tuple[float, float]]) -> Factor:

@@ -49,7 +49,10 @@ every kind up to those of large networks, where weights no longer fit the caches
 _STYLES = ("fp32", "int8", "mixed", "runs")
 _CANDIDATES_EACH = 2
 
-_HEAVY = ((512, 1, "fp32"), (512, 2, "fp32"), (512, 4, "fp32"), (512, 2, "int8"), (512, 5, "int8"))
+_HEAVY = (
+    (512, 1, "fp32"), (512, 2, "fp32"), (512, 3, "fp32"), (512, 4, "fp32"), (512, 2, "int8"), (512, 3, "int8"),
+    (512, 5, "int8"),
+)  # fmt: skip
 """Channels, depth and format of the models that show what weights beyond the caches cost."""
 
 _WEIGHT_ONLY = (
@@ -85,8 +88,9 @@ def choose_samples(count: int, rng: np.random.Generator, block: int, weight_only
     for channels, depth, style in _HEAVY:
         graph = heavy_net(channels, depth)
         samples.append(_sample(graph, random_formats(graph, rng, style), rng))
-    for style, tokens in _WEIGHT_ONLY if weight_only else ():
-        graph = token_net(rng, tokens, (128, 384))
+    few_bits = [(*kind, widths) for widths in ((64, 128), (192, 384)) for kind in _WEIGHT_ONLY]
+    for style, tokens, widths in few_bits if weight_only else ():
+        graph = token_net(rng, tokens, widths)
         made = to_onnx(random_model(graph, {}, rng))
         if style == "dynamic":
             made = dynamic_products(made)

@@ -59,6 +59,7 @@ class RuntimeNode:
         written: what it writes.
         layout: of what it writes, as letters (``acdb``: channels last).
         origins: names of the artifact's nodes that it stands for.
+        computes: OpenVINO's types of these, as far as they were in the model when it was read.
         inputs: in order; a convolution has its weights second.
         shape: of its first output.
     """
@@ -70,6 +71,7 @@ class RuntimeNode:
     written: str
     layout: str
     origins: tuple[str, ...]
+    computes: frozenset[str]
     inputs: tuple[RuntimeInput, ...]
     shape: tuple[int, ...]
 
@@ -97,6 +99,7 @@ class OpenvinoSession:
             "ENABLE_CPU_PINNING": False,
             "PERF_COUNT": profiling,
         }
+        self._types = {op.get_friendly_name(): op.get_type_name() for op in read.get_ops()}
         self._compiled = _core().compile_model(read, "CPU", settings)
         self._request = self._compiled.create_infer_request()
         self._bound: dict[str, Any] = {}
@@ -126,7 +129,7 @@ class OpenvinoSession:
 
     def nodes(self) -> list[RuntimeNode]:
         """The execution graph; shapes are known where the batch is."""
-        return execution_graph(self._compiled.get_runtime_model())
+        return execution_graph(self._compiled.get_runtime_model(), self._types)
 
     def microseconds(self) -> dict[str, float]:
         """Mean microseconds of each kernel over all runs so far, cut to whole ones by the runtime."""
@@ -159,8 +162,13 @@ class OpenvinoRuntime:
         return KernelReport(dict(counts), tuple(nodes))
 
 
-def execution_graph(model: Any) -> list[RuntimeNode]:
-    """Reads a compiled model's ``get_runtime_model()``, in order of execution."""
+def execution_graph(model: Any, types: Mapping[str, str]) -> list[RuntimeNode]:
+    """Reads a compiled model's ``get_runtime_model()``, in order of execution.
+
+    Args:
+        model: the execution graph.
+        types: OpenVINO's types of the nodes of the model it was compiled from, by name.
+    """
     constant: set[str] = set()
     nodes = []
     for node in model.get_ordered_ops():
@@ -182,6 +190,7 @@ def execution_graph(model: Any) -> list[RuntimeNode]:
         if op == "Const" or (inputs and all(i.constant for i in inputs)):
             constant.add(name)
         elif op not in _NO_KERNELS:
+            origins = tuple(part for part in facts.get("originalLayersNames", "").split(",") if part)
             nodes.append(
                 RuntimeNode(
                     name=name,
@@ -190,7 +199,8 @@ def execution_graph(model: Any) -> list[RuntimeNode]:
                     precision=facts.get("runtimePrecision", ""),
                     written=facts.get("outputPrecisions", "").partition(",")[0],
                     layout=facts.get("outputLayouts", "").partition(",")[0],
-                    origins=tuple(part for part in facts.get("originalLayersNames", "").split(",") if part),
+                    origins=origins,
+                    computes=frozenset(types[part] for part in origins if part in types),
                     inputs=tuple(inputs),
                     shape=_shape(node.output(0).get_partial_shape()) if node.get_output_size() else (),
                 )
@@ -257,9 +267,9 @@ def _kind(node: RuntimeNode) -> Kind:
     weights = _has_weights(node) or bool(matrix_weights(node))
     if node.op in _FREE:
         return "other"
-    if node.op in _CONVERSIONS or (node.precision in INTEGERS) != (node.written in INTEGERS):
-        if not weights:
-            return "convert"
+    converts = node.op in _CONVERSIONS or (node.precision in INTEGERS) != (node.written in INTEGERS)
+    if converts and not weights:
+        return "convert"
     if node.integer and (weights or node.precision in INTEGERS):
         return "int8"
     return "fp32"

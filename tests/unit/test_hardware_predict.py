@@ -250,7 +250,7 @@ def test_a_class_missing_from_the_profile_is_priced_by_its_substitute(tmp_path: 
     bare = full.model_copy(update={"kernels": {k: v for k, v in full.kernels.items() if k != "matmul_fp32"}})
     path = token_net(tmp_path / "t.onnx")
     with_substitute = predict_onnx(path, bare)
-    assert with_substitute.unmodelled == ("MatMul as matmul_fp32 x2",)
+    assert with_substitute.unmodelled == ("MatMul (matmul_fp32) x2",)
     assert with_substitute.costs["latency_ms"].value == pytest.approx(cost(path, "latency_ms"))
     assert with_substitute.costs["latency_ms"].high > predict_onnx(path, full).costs["latency_ms"].high
 

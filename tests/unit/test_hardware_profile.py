@@ -154,6 +154,21 @@ def test_another_processor_or_version_is_warned_of(
     assert "autocompress profile" in found["processor"].remedy
 
 
+def test_a_runtime_that_is_not_here_is_warned_of(
+    here: FittedProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def only_gpu(package: str) -> str:
+        if package != "onnxruntime-gpu":
+            raise profiles.PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(profiles, "version", only_gpu)
+    assert load_hardware(here.save(tmp_path / "here.yaml")) == here
+    assert caplog.text == "", "another package of the same runtime"
+    load_hardware(here.model_copy(update={"runtime": "elsewhere"}).save(tmp_path / "there.yaml"))
+    assert "runtime elsewhere is not installed here; install elsewhere" in caplog.text
+
+
 def test_more_threads_than_cores_are_refused_here_only(
     here: FittedProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
