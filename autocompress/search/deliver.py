@@ -49,6 +49,7 @@ class Delivery:
         target: where the files are measured.
         objectives: axes of the front, ``error`` among them.
         limits: budgets by cost name; ``drop`` in points of validation quality.
+        knows_energy: whether the estimates' energy is that of the whole run.
         present: whether the target is here to be measured; else points stand on predictions, budgets on their bands.
         uppers: what a latency budget is held against, by point: the upper end of the measured median or of the band.
         bounds: the upper ends of other predicted costs, by point and cost.
@@ -61,6 +62,7 @@ class Delivery:
     limits: Mapping[str, float]
     seed: int
     present: bool = True
+    knows_energy: bool = True
     points: dict[str, FrontPoint] = field(default_factory=dict)
     uppers: dict[str, float] = field(default_factory=dict)
     bounds: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -135,7 +137,7 @@ class Delivery:
             params=compressed.graph.parameters(),
             macs=compressed.graph.macs(),
             peak_memory_bytes=None if memory is None else int(memory.value),
-            energy_mj=None if energy is None else energy.value,
+            energy_mj=None if energy is None or not self.knows_energy else energy.value,
             artifact=f"models/{name}/model.onnx",
             checkpoint=f"models/{name}/model.safetensors",
             runtime_agreement=agreement,

@@ -38,7 +38,15 @@ from autocompress.search.menu import Menu, complete, format_of
 from autocompress.search.pruning import prune
 from autocompress.search.seeds import FORMATS, Sensitivity, dp_front, measure_sensitivity, uniform_seeds
 from autocompress.search.study import PlanStudy, Scored
-from autocompress.search.target import counted_costs, executed_types, is_present, limits_of, predicted_limits, target_of
+from autocompress.search.target import (
+    counted_costs,
+    executed_types,
+    is_present,
+    knows_energy,
+    limits_of,
+    predicted_limits,
+    target_of,
+)
 from autocompress.search.variants import variants
 from autocompress.spaces import SearchSpace
 from autocompress.tasks.base import Task, quality
@@ -87,7 +95,9 @@ class Engine:
         self.present = is_present(config, profile)
         self.limits = limits_of(config, profile)
         target = target_of(config, profile)
-        self.delivery = Delivery(run, task, target, config.objectives, self.limits, config.seed, self.present)
+        self.delivery = Delivery(
+            run, task, target, config.objectives, self.limits, config.seed, self.present, knows_energy(profile)
+        )
 
     def execute(self) -> Front:
         """Runs all stages; what is already done in the run directory is not done again.

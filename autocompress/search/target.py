@@ -69,14 +69,24 @@ def executed_types(profile: HardwareProfile) -> tuple[str, ...]:
     return tuple(t for t in PLANNED if t in profile.precisions)
 
 
+def knows_energy(profile: HardwareProfile) -> bool:
+    """Whether all of a run's energy is known: what a host computes would count as free."""
+    hosted = isinstance(profile, AnalyticProfile) and profile.host is not None
+    return profile.energy is not None and not hosted
+
+
 def check_known(config: RunConfig, profile: HardwareProfile) -> None:
     """Refuses an objective or a budget that the profile has no figures for."""
-    if profile.energy is None and (config.max_energy_mj is not None or "energy_mj" in config.objectives):
-        key = "max_energy_mj" if config.max_energy_mj is not None else "objectives"
-        raise UsageError(
-            f"{config.origin(key)}: energy is not known for {profile.name}: its profile has no figures; leave energy "
-            "out, or choose --hardware whose profile has them"
-        )
+    if config.max_energy_mj is None and "energy_mj" not in config.objectives:
+        return
+    if knows_energy(profile):
+        return
+    missing = "has no figures" if profile.energy is None else "has none for the host, which runs what the device cannot"
+    key = "max_energy_mj" if config.max_energy_mj is not None else "objectives"
+    raise UsageError(
+        f"{config.origin(key)}: energy is not known for {profile.name}: its profile {missing}; leave energy out, or "
+        "choose --hardware whose profile has it"
+    )
 
 
 def target_of(config: RunConfig, profile: HardwareProfile) -> Target:

@@ -20,6 +20,7 @@ from autocompress.search.target import (
 from tests.fixtures.search import PROVENANCE, make_device, make_graph, make_profile
 
 MARGIN = 1.06
+HOST = {"peak_gmacs": 1.0, "gb_per_s": 1.0, "launch_us": 5.0, "link_gb_per_s": 1.0}
 
 
 def config(**values: object) -> RunConfig:
@@ -75,10 +76,15 @@ def test_energy_is_refused_where_nothing_is_known_of_it() -> None:
             check_known(asked, make_profile())
 
 
+def test_energy_is_refused_where_the_host_would_compute_for_nothing() -> None:
+    check_known(config(objectives="error,latency_ms"), make_device(host=HOST))
+    with pytest.raises(UsageError, match="its profile has none for the host"):
+        check_known(config(objectives="error,energy_mj"), make_device(host=HOST))
+
+
 def test_what_a_device_executes() -> None:
     assert executed_types(make_profile()) == ("fp32", "int8")
     assert executed_types(make_profile().model_copy(update={"precisions": ("fp32",)})) == ("fp32",)
     integers = {"precisions": ("int8",), "peak_gmacs": {"int8": 4.0}, "channel_step": {}, "energy": None}
     assert executed_types(make_device(**integers)) == ("int8",)
-    host = {"peak_gmacs": 1.0, "gb_per_s": 1.0, "launch_us": 5.0, "link_gb_per_s": 1.0}
-    assert executed_types(make_device(**integers, host=host)) == ("fp32", "int8")
+    assert executed_types(make_device(**integers, host=HOST)) == ("fp32", "int8")
