@@ -31,6 +31,7 @@ from autocompress.hardware.kernels import (
 )  # fmt: skip
 from autocompress.hardware.lowering import Emit, Lowering, Mask, quantized_tensors
 from autocompress.hardware.profile import FittedProfile, KernelCost
+from autocompress.hardware.profilers import noise_of
 from autocompress.hardware.refinement import LoweredKernel, Refinement, refine
 from autocompress.hardware.skeleton import Record, Skeleton, Terms
 from autocompress.methods.quantization import FOLLOWERS
@@ -122,6 +123,7 @@ class FittedSkeleton(Skeleton):
             self._ahead,
             self._unrefined.coefficients,
             self.profile.end_to_end,
+            noise_of(self.profile.runtime),
         )
         return _TRUST
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autocompress.hardware.fitting import MeasuredModel, PriorKernel, fit_kernels
+from autocompress.hardware.fitting import ONNXRUNTIME, MeasuredModel, Noise, PriorKernel, fit_kernels
 from autocompress.hardware.kernels import Number, Work, cost_us
 from autocompress.hardware.profile import EndToEnd
 
@@ -79,6 +79,7 @@ def refine(
     ahead: Sequence[LoweredKernel],
     coefficients: Coefficients,
     end: EndToEnd,
+    noise: Noise = ONNXRUNTIME,
     seed: int = 0,
 ) -> Refinement:
     """Corrects kernel costs with the anchors of one model.
@@ -90,6 +91,7 @@ def refine(
             observations too, so that what no anchor shows keeps its price.
         coefficients: the device's costs of every class.
         end: how the device's runs follow from its kernels.
+        noise: what the kernels' times are worth.
         seed: of the choice among ``ahead``.
     """
     rng = np.random.default_rng(seed)
@@ -102,7 +104,7 @@ def refine(
         for index in rng.permutation(len(found))[:PRIORS_EACH]:
             work = found[index].work
             priors.append(PriorKernel(kind, work, float(cost_us(coefficients[kind], work))))
-    fit = fit_kernels(anchors, end.cache_mb, priors)
+    fit = fit_kernels(anchors, end.cache_mb, priors, noise)
     refined = {**coefficients, **{kind: cost.coefficients for kind, cost in fit.kernels.items()}}
     ratios: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for anchor, kernels in zip(anchors, lowered, strict=True):
