@@ -137,6 +137,7 @@ def dry_run(config: RunConfig, *, progress: Progress | None = None) -> dict[str,
 class _Prepared:
     def __init__(self, config: RunConfig, progress: Progress) -> None:
         from autocompress.hardware.profile import load_hardware
+        from autocompress.search.target import check_known
         from autocompress.spaces import load_space
 
         _check_supported(config)
@@ -146,6 +147,7 @@ class _Prepared:
         self.profile = load_hardware(
             config.hardware, config.threads, config.batch, runtime=config.runtime, progress=progress
         )
+        check_known(config, self.profile)
 
 
 def task_of(config: RunConfig, progress: Progress) -> Task:
@@ -189,8 +191,6 @@ def _check_supported(config: RunConfig) -> None:
         load_runtime(config.runtime)
     if config.device != "cpu":
         raise UsageError(f"{config.origin('device')}: training on {config.device!r} is not there yet; use cpu")
-    if config.max_energy_mj is not None or "energy_mj" in config.objectives:
-        raise UsageError("energy is not known for this hardware: its profile has no figures; leave energy out")
 
 
 def report(run: str | Path) -> Path:

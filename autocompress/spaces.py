@@ -143,6 +143,13 @@ class SearchSpace(_Section):
                 return self.model_copy(update={**given, "rules": ()})
         return self.model_copy(update={"rules": ()})
 
+    def named(self, name: str) -> frozenset[str]:
+        """The options that a rule gives one layer or channel group by name: they were asked for there."""
+        for rule in self.rules:
+            if _matches(rule.layers, name):
+                return frozenset(rule.model_dump(exclude={"layers"}, exclude_none=True))
+        return frozenset()
+
     def check_names(self, names: list[str], origin: str) -> None:
         """Raises a UsageError for a pattern that matches none of the model's layers and groups."""
         for index, rule in enumerate(self.rules):

@@ -59,7 +59,8 @@ def front_table(front: LoadedFront, width: int) -> RenderableType:
         tables += [Text(""), _table(rows, {"how": "how"})]
     sentence, basis = verdict(front)
     target = front.front.target
-    state = "" if front.front.status == "complete" else ", still running"
+    state = "" if front.front.verified else "; latencies are predicted: the target is not here"
+    state += "" if front.front.status == "complete" else ", still running"
     heading = (
         f"{front.front.model} on {front.front.task}, {target.runtime} {target.version} on {target.hardware}, "
         f"{target.threads} thread{'s' if target.threads > 1 else ''}, batch {target.batch}{state}"

@@ -15,7 +15,7 @@ import torch
 from autocompress.config import RunConfig, load_config
 from autocompress.errors import UsageError
 from autocompress.front import LoadedFront, Point, load_front
-from autocompress.plan import Target
+from autocompress.plan import CompressionPlan, LayerPlan, Target
 from autocompress.progress import Progress
 from autocompress.runtime.base import Session, run_batches, runtime_here
 from autocompress.runtime.timing import measure_latency
@@ -26,6 +26,9 @@ QUALITY_TOLERANCE = 0.002
 
 LATENCY_TOLERANCE = 0.15
 """A shared machine gives another median each time; budgets are checked apart, without this allowance."""
+
+PREDICTION_TOLERANCE = 1e-3
+"""The same arithmetic gives the same prediction again, but for its last digits."""
 
 AGREEMENT = 0.99
 BATCH = 250
@@ -76,6 +79,8 @@ def verify_path(path: Path, load: Callable[[RunConfig], Task], progress: Progres
             checks += _point(point, session, task, target)
             running.append(point)
         progress.advance()
+    if not front.front.verified:
+        return checks + predictions(front, running)
     return checks + _latencies(front, running, progress)
 
 
@@ -164,4 +169,33 @@ def _latencies(front: LoadedFront, points: list[Point], progress: Progress) -> l
         checks.append(Check(f"{point.id}: latency", ok, f"{found:.4g} ms, written {written:.4g} ms"))
         if limit is not None and point.id in delivered:
             checks.append(Check(f"{point.id}: budget", found <= limit, f"{found:.4g} ms of {limit:g} ms"))
+    return checks
+
+
+def predictions(front: LoadedFront, points: list[Point]) -> list[Check]:
+    """Where the target is not here: whether the run's own profile predicts again what was written, and the budget."""
+    from autocompress.export.checkpoint import load_compressed
+    from autocompress.hardware.models import cost_model
+    from autocompress.hardware.profile import HardwareProfile
+
+    pricer = cost_model(HardwareProfile.load(front.path / "profile.yaml"))
+    limit = front.front.constraints.get("latency_ms")
+    delivered = {point.id for point in front.points}
+    checks = []
+    for point in points:
+        compressed = load_compressed(point.path)
+        # The graph is the pruned one already: what is left of the plan are the number formats.
+        layers = {
+            layer.name: compressed.plan.layers.get(layer.name, LayerPlan()) for layer in compressed.graph.compressible
+        }
+        estimate = pricer.lower(compressed.graph).estimate(CompressionPlan(layers=layers))
+        found, written = estimate.costs["latency_ms"], point.info.latency_ms.predicted or 0.0
+        ok = abs(found.value - written) <= PREDICTION_TOLERANCE * written
+        detail = (
+            f"predicted {found.value:.4g} ms ({found.low:.4g}-{found.high:.4g}), written {written:.4g} ms; not measured"
+        )
+        checks.append(Check(f"{point.id}: latency", ok, detail))
+        if limit is not None and point.id in delivered:
+            text = f"at most {found.high:.4g} ms as predicted, of {limit:g} ms"
+            checks.append(Check(f"{point.id}: budget", found.high <= limit * (1 + PREDICTION_TOLERANCE), text))
     return checks

@@ -107,6 +107,12 @@ class FittedSkeleton(Skeleton):
 
     # ---------------------------------------------------------------------------------------------- refinement
 
+    def adopt(self, other: Skeleton) -> None:
+        super().adopt(other)
+        if isinstance(other, FittedSkeleton):
+            # Factors go by the names of layers, which a smaller form of a model keeps.
+            self._refinement = other._refinement
+
     def _refine(self, seen: Sequence[Observation]) -> float:
         self._refinement = self._unrefined
         profiled = [observation for observation in seen if observation.kernels]

@@ -287,6 +287,10 @@ class Skeleton(ABC):
         )
         return self.calibration
 
+    def adopt(self, other: Skeleton) -> None:
+        """Prices follow another skeleton's corrections from now on: this graph is a smaller form of the other's."""
+        self.calibration = other.calibration
+
     def _fitted(self, seen: Sequence[Observation]) -> Calibration:
         """The correction by some observations, without its errors."""
         trust = self._refine(seen)

@@ -60,9 +60,11 @@ def drop_text(metric: Metric, drop: float | None, *, unit: bool = True) -> str:
 
 
 def gains_text(point: Point) -> str:
-    """``4.7x faster, 11x smaller`` than the original; slower and larger are said as such."""
+    """``4.7x faster, 11x smaller`` than the original; slower, larger and merely predicted are said as such."""
     parts = []
-    for ratio, better, worse in ((point.speedup, "faster", "slower"), (point.shrink, "smaller", "larger")):
+    known = "" if point.info.latency_ms.measured is not None else " as predicted"
+    times = (point.speedup, f"faster{known}", f"slower{known}")
+    for ratio, better, worse in (times, (point.shrink, "smaller", "larger")):
         if ratio is not None:
             parts.append(f"{format_ratio(ratio)} {better}" if ratio >= 1 else f"{format_ratio(1 / ratio)} {worse}")
     return ", ".join(parts)

@@ -51,7 +51,7 @@ def build_student(task: Task, original: Base, spec: Student, cost_model: CostMod
         if graph.macs() >= original.graph.macs():
             return None
     skeleton = cost_model.lower(graph)
-    skeleton.calibration = original.skeleton.calibration
+    skeleton.adopt(original.skeleton)
     return Base(spec, graph, weights, skeleton)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Original, 
 from autocompress.search.bases import Base, build_student, student_specs
 from autocompress.search.context import Context, name_of, priced, prices
 from autocompress.search.ladder import RecipeStudy, RecoveryForecast, best_gain
-from autocompress.search.menu import complete, formats_of, keep_counts
+from autocompress.search.menu import complete, keep_counts
 from autocompress.search.quiet import Quiet
 from autocompress.search.recover import Climbed, Recovered, Trainer, load_recovered, save_recovered
 from autocompress.search.study import Scored
@@ -218,16 +218,17 @@ class Climber:
         return [s for s in self.scored if s.plan.shape_digest not in taken]
 
     def _cheapest(self, students: list[Structure]) -> Structure | None:
-        """The fastest structure of all: a front should show how far the model can go."""
+        """The structure that costs least (time, by default): a front should show how far the model can go."""
 
         def cost(structure: Structure) -> float:
             plans = self._variants(structure) or [structure.plan]
-            return float(structure.base.skeleton.price([priced(plan) for plan in plans]).latency_ms.min())
+            table = structure.base.skeleton.price([priced(plan) for plan in plans])
+            return float(np.min(getattr(table, self.context.costs[0])))
 
         candidates = [s for s in students if not s.base.fresh]
         waiting = self._waiting()
         if waiting:
-            chosen = min(waiting, key=lambda s: [s.costs.get(n, 0.0) for n in ("latency_ms", "size_bytes", "macs")])
+            chosen = min(waiting, key=lambda s: [s.costs[name] for name in self.context.costs])
             candidates.append(Structure(self.context.original, chosen.plan, chosen.divergence))
         return min(candidates, key=cost, default=None)
 
@@ -235,7 +236,7 @@ class Climber:
         assert structure.recovered is not None
         plans = self._variants(structure) or [structure.plan]
         table = structure.base.skeleton.price([priced(plan) for plan in plans])
-        costs = {"latency_ms": float(table.latency_ms.min()), "size_bytes": float(table.size_bytes.min())}
+        costs = {name: float(np.min(getattr(table, name))) for name in self.context.costs}
         return structure.recovered.error - self.context.error, costs
 
     def _promoted(self) -> Structure | None:
@@ -318,7 +319,7 @@ class Climber:
     def _variants(self, structure: Structure) -> list[CompressionPlan]:
         """The format assignments worth delivering, those over budget as predicted left out."""
         graph, skeleton = structure.base.graph, structure.base.skeleton
-        default, formats = formats_of(self.context.space), self.context.formats
+        default, formats = self.context.menu.formats, self.context.formats
         allowed = {layer.name: formats.get(layer.name, default) for layer in graph.compressible}
         kept = []
         for plan in variants(graph, skeleton, priced(structure.plan), allowed):
@@ -352,8 +353,18 @@ class Climber:
         if names:
             context.delivery.measure(names, MEASURE_S)
             front = context.publish()
+            self._learn(names)
             context.progress.note(front=front, hypervolume=front.search.hypervolume)
             context.note_time()
+
+    def _learn(self, names: Sequence[str]) -> None:
+        """Prices follow what the delivered models were measured at; students are priced like the original."""
+        context = self.context
+        if context.learn(names):
+            for base in self._bases.values():
+                if base is not None:
+                    base.skeleton.adopt(context.original.skeleton)
+            self.scored = context.repriced(self.scored)
 
 
 def _low_bits(plan: CompressionPlan) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from autocompress.hardware.skeleton import Skeleton
 from autocompress.plan import CompressionPlan, Front, LayerPlan, Original, Student
 from autocompress.progress import Progress
 from autocompress.search.bases import Base
-from autocompress.search.deliver import Delivery
+from autocompress.search.deliver import ORIGINAL, Delivery
 from autocompress.search.evaluate import StitchedEvaluator
+from autocompress.search.feedback import Feedback
 from autocompress.search.files import Clock
 from autocompress.search.ladder import box
 from autocompress.search.menu import Menu
+from autocompress.search.study import Scored
 from autocompress.spaces import SearchSpace
 from autocompress.tasks.base import Task
 
@@ -37,7 +40,8 @@ class Context:
         teacher: the caller's module that candidates are distilled from.
         error: the original's, on the validation split.
         hard: budgets that predictions are held to, by cost name.
-        reference: the original's measured latency in ms and its size in bytes.
+        reference: the original's predicted costs, by name.
+        feedback: what delivered models were measured at corrects the prices; None where nothing is measured.
         publish: brings the run directory up to date and gives the front.
     """
 
@@ -57,7 +61,8 @@ class Context:
     storage: str
     error: float
     hard: Mapping[str, float]
-    reference: tuple[float, float]
+    reference: Mapping[str, float]
+    feedback: Feedback | None
     publish: Callable[[], Front]
 
     @property
@@ -70,12 +75,38 @@ class Context:
         """The number formats each layer may take."""
         return {layer: [o.format for o in knob.options] for knob in self.menu.knobs for layer in knob.layers}
 
+    def learn(self, names: Iterable[str]) -> bool:
+        """Feeds the measurements of delivered models back into the original's prices; False where nothing is new."""
+        if self.feedback is None:
+            return False
+        points = self.delivery.points
+        if not self.feedback.take([points[name] for name in names if name in points], points[ORIGINAL]):
+            return False
+        self.feedback.apply()
+        return True
+
+    def repriced(self, scored: Sequence[Scored]) -> list[Scored]:
+        """Stitched candidates with their costs as they are predicted now."""
+        if not scored:
+            return []
+        table = self.original.skeleton.price([s.plan for s in scored])
+        columns = {name: getattr(table, name) for name in self.costs}
+        return [
+            dataclasses.replace(s, costs={name: float(column[i]) for name, column in columns.items()})
+            for i, s in enumerate(scored)
+        ]
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """The objectives beside the error."""
+        return tuple(name for name in self.config.objectives if name != "error")
+
     def box(self, drop: float, costs: Mapping[str, float]) -> list[float]:
         """A point for comparing gains; the drop counts by its root, so that the cheap end of a front counts too."""
         span = min(self.delivery.limits.get("drop", WIDEST_DROP), WIDEST_DROP) or 1.0
         rooted = math.sqrt(max(drop, 0.0) * 100.0 / span) * span / 100.0
-        latency = costs.get("latency_ms", self.reference[0])
-        return box(rooted, latency, costs.get("size_bytes", self.reference[1]), self.reference, span)
+        known = {name: costs.get(name, self.reference[name]) for name in self.costs}
+        return box(rooted, known, self.reference, span)
 
     def note_time(self) -> None:
         """Tells the progress how much time is left."""
@@ -86,12 +117,15 @@ class Context:
 def prices(skeleton: Skeleton, plan: CompressionPlan) -> dict[str, float]:
     """The predicted costs of one plan of the skeleton's graph, by objective name."""
     table = skeleton.price([priced(plan)])
-    return {
+    found = {
         "latency_ms": float(table.latency_ms[0]),
         "size_bytes": float(table.size_bytes[0]),
         "peak_memory_bytes": float(table.peak_memory_bytes[0]),
         "macs": float(table.macs[0]),
     }
+    if table.energy_mj is not None:
+        found["energy_mj"] = float(table.energy_mj[0])
+    return found
 
 
 def priced(plan: CompressionPlan) -> CompressionPlan:

@@ -27,6 +27,7 @@ from autocompress.runtime.kernels import check_kernels
 from autocompress.runtime.timing import LatencyStats, measure_latency
 from autocompress.search.files import write_text
 from autocompress.search.scoring import Scores, front_hypervolume, interval, paired_drop, ties
+from autocompress.search.target import BANDED
 from autocompress.tasks.base import Task
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,10 @@ class Delivery:
         target: where the files are measured.
         objectives: axes of the front, ``error`` among them.
         limits: budgets by cost name; ``drop`` in points of validation quality.
+        knows_energy: whether the estimates' energy is that of the whole run.
+        present: whether the target is here to be measured; else points stand on predictions, budgets on their bands.
+        uppers: what a latency budget is held against, by point: the upper end of the measured median or of the band.
+        bounds: the upper ends of other predicted costs, by point and cost.
     """
 
     run: Path
@@ -56,8 +61,11 @@ class Delivery:
     objectives: tuple[str, ...]
     limits: Mapping[str, float]
     seed: int
+    present: bool = True
+    knows_energy: bool = True
     points: dict[str, FrontPoint] = field(default_factory=dict)
     uppers: dict[str, float] = field(default_factory=dict)
+    bounds: dict[str, dict[str, float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     _scores: dict[tuple[str, str], Scores] = field(default_factory=dict)
 
@@ -67,6 +75,7 @@ class Delivery:
             facts = json.loads(path.read_text(encoding="utf-8"))
             self.points[path.parent.name] = FrontPoint.model_validate(facts["point"])
             self.uppers[path.parent.name] = facts["latency_upper_ms"]
+            self.bounds[path.parent.name] = facts.get("bounds", {})
             for split in ("validation", "test"):
                 self._scores[path.parent.name, split] = np.load(path.parent / f"{split}.npy").astype(np.float64)
 
@@ -108,7 +117,8 @@ class Delivery:
         reference = self._scores.get((ORIGINAL, "test"))
         costs = estimate.costs if estimate is not None else {}
         latency = costs.get("latency_ms")
-        memory = costs.get("peak_memory_bytes")
+        memory, energy = costs.get("peak_memory_bytes"), costs.get("energy_mj")
+        self.bounds[name] = {cost: costs[cost].high for cost in BANDED if cost in costs and cost != "latency_ms"}
         self.points[name] = FrontPoint(
             id=name,
             plan=compressed.plan,
@@ -128,6 +138,7 @@ class Delivery:
             params=compressed.graph.parameters(),
             macs=compressed.graph.macs(),
             peak_memory_bytes=None if memory is None else int(memory.value),
+            energy_mj=None if energy is None or not self.knows_energy else energy.value,
             artifact=f"models/{name}/model.onnx",
             checkpoint=f"models/{name}/model.safetensors",
             runtime_agreement=agreement,
@@ -154,8 +165,18 @@ class Delivery:
     # --------------------------------------------------------------------------------------------- measuring
 
     def measure(self, names: Iterable[str], seconds_each: float, progress: Progress | None = None) -> None:
-        """Times models in the runtime, the original among them, and writes their metrics."""
+        """Times models in the runtime, the original among them, and writes their metrics.
+
+        Where the target is not here, nothing is timed: a model's latency stays as predicted.
+        """
         chosen = [name for name in dict.fromkeys([ORIGINAL, *names]) if name in self.points]
+        if not self.present:
+            for name in chosen:
+                band = self.points[name].latency_ms.error_band
+                if band is not None:
+                    self.uppers[name] = band[1]
+                    self._save(name)
+            return
         files = {name: self._work / name / "model.onnx" for name in chosen}
         stats = measure_latency(
             files,
@@ -173,24 +194,27 @@ class Delivery:
         latency = point.latency_ms.model_copy(update={"measured": taken.median_ms, "measured_p95": taken.p95_ms})
         self.points[name] = point.model_copy(update={"latency_ms": latency})
         self.uppers[name] = max(taken.high_ms, taken.median_ms * LATENCY_MARGIN)
-        facts = {"point": self.points[name].model_dump(mode="json"), "latency_upper_ms": self.uppers[name]}
+        self._save(name)
+
+    def _save(self, name: str) -> None:
+        facts = {
+            "point": self.points[name].model_dump(mode="json"),
+            "latency_upper_ms": self.uppers[name],
+            "bounds": self.bounds.get(name, {}),
+        }
         write_text(self._work / name / "metrics.json", json.dumps(facts))
 
     # -------------------------------------------------------------------------------------------- publishing
 
     def excess(self, point: FrontPoint) -> dict[str, float]:
         """By what share of each broken budget a measured point exceeds it."""
-        values = {
-            "latency_ms": self.uppers.get(point.id, latency_of(point) or np.inf),
-            "size_bytes": point.size_bytes,
-            "peak_memory_bytes": point.peak_memory_bytes,
-            "macs": point.macs,
-            "energy_mj": point.energy_mj,
-            "drop": self._drop(point),
-        }
+        values = {**self.costs(point), "drop": self._drop(point)}
+        values["latency_ms"] = self.uppers.get(point.id, latency_of(point) or np.inf)
         found = {}
         for name, limit in self.limits.items():
-            value = values[name]
+            value = values.get(name)
+            if not self.present and value is not None:
+                value = self.bounds.get(point.id, {}).get(name, value)
             if value is None or value > limit + 1e-9:
                 found[name] = (
                     np.inf if value is None else (value - limit) / max(limit, 0.1 if name == "drop" else 1e-12)
@@ -207,7 +231,7 @@ class Delivery:
         rejected = dict(self.failures)
         candidates = []
         for name, point in self.points.items():
-            if name in (ORIGINAL, UNIFORM_INT8) or point.latency_ms.measured is None:
+            if name in (ORIGINAL, UNIFORM_INT8) or not self._counts(point):
                 continue
             broken = self.excess(point)
             unknown = [
@@ -227,7 +251,7 @@ class Delivery:
         for point, good in zip(candidates, mask, strict=True):
             if not good:
                 by = next(q.id for q in kept if (np.array(self._values(q)) <= np.array(self._values(point))).all())
-                rejected[point.id] = f"dominated as measured by {by}"
+                rejected[point.id] = f"dominated as {'measured' if self.present else 'predicted'} by {by}"
         if kept:
             alike = distinct_mask(np.array([self._values(p) for p in kept]))
             for point, apart in zip(kept, alike, strict=True):
@@ -236,6 +260,22 @@ class Delivery:
             kept = [p for p, apart in zip(kept, alike, strict=True) if apart]
         labels = ties({p.id: self._scores[p.id, "validation"] for p in kept})
         return [p.model_copy(update={"tied_with": labels[p.id]}) for p in kept], rejected
+
+    def _counts(self, point: FrontPoint) -> bool:
+        """Whether a point's latency is known as well as it will be: measured, or predicted where nothing is."""
+        return point.latency_ms.measured is not None or (not self.present and point.id in self.uppers)
+
+    @staticmethod
+    def costs(point: FrontPoint) -> dict[str, float]:
+        """The costs of a point that are known."""
+        values = {
+            "latency_ms": latency_of(point),
+            "size_bytes": point.size_bytes,
+            "peak_memory_bytes": point.peak_memory_bytes,
+            "energy_mj": point.energy_mj,
+            "macs": point.macs,
+        }
+        return {name: float(value) for name, value in values.items() if value is not None}
 
     def _values(self, point: FrontPoint) -> list[float]:
         named = {"error": error_of(self.task.metric, point.quality.validation), "latency_ms": latency_of(point)}
@@ -258,7 +298,7 @@ class Delivery:
         front = Front(
             version=1,
             status=status,
-            verified=True,
+            verified=self.present,
             task=self.task.name,
             model=self.task.model_name,
             metric=self.task.metric,
@@ -315,10 +355,10 @@ class Delivery:
         """Raises the error of exit code 3 where no point keeps the budgets, with the one that comes nearest."""
         if front.points or not self.limits:
             return
-        measured = [p for n, p in self.points.items() if n != ORIGINAL and p.latency_ms.measured is not None]
-        if not measured:
+        delivered = [p for n, p in self.points.items() if n != ORIGINAL and self._counts(p)]
+        if not delivered:
             raise InfeasibleError("no model was delivered: every candidate failed; see log.jsonl")
-        nearest = min(measured, key=lambda p: sum(self.excess(p).values()))
+        nearest = min(delivered, key=lambda p: sum(self.excess(p).values()))
         raise InfeasibleError(self.nearest_message(nearest), nearest)
 
     def nearest_message(self, nearest: FrontPoint) -> str:
@@ -327,6 +367,7 @@ class Delivery:
         limits = ", ".join(f"{name} <= {limit:g}" for name, limit in self.limits.items())
         return (
             f"no compressed model keeps the budgets ({limits}); nearest: {nearest.id} with "
-            f"{nearest.latency_ms.measured:.4g} ms, {nearest.size_bytes / 1e6:.4g} MB and "
-            f"{self._drop(nearest):.2f} points of validation quality lost, which breaks {broken}"
+            f"{latency_of(nearest):.4g} ms{'' if self.present else ' predicted'}, "
+            f"{nearest.size_bytes / 1e6:.4g} MB and {self._drop(nearest):.2f} points of validation quality lost, which "
+            f"breaks {broken}"
         )

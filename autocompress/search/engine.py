@@ -24,7 +24,7 @@ from autocompress.hardware.profile import HardwareProfile
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.database import LayerDatabase
 from autocompress.methods.statistics import collect
-from autocompress.plan import CompressionPlan, Front, LayerPlan, Original, Target
+from autocompress.plan import CompressionPlan, Front, LayerPlan, Original
 from autocompress.progress import Progress
 from autocompress.search.anchoring import calibrate
 from autocompress.search.bases import Base
@@ -35,8 +35,18 @@ from autocompress.search.evaluate import StitchedEvaluator
 from autocompress.search.files import Clock, read_json, write_text
 from autocompress.search.ladder import best_gain
 from autocompress.search.menu import Menu, complete, format_of
+from autocompress.search.pruning import prune
 from autocompress.search.seeds import FORMATS, Sensitivity, dp_front, measure_sensitivity, uniform_seeds
 from autocompress.search.study import PlanStudy, Scored
+from autocompress.search.target import (
+    counted_costs,
+    executed_types,
+    is_present,
+    knows_energy,
+    limits_of,
+    predicted_limits,
+    target_of,
+)
 from autocompress.search.variants import variants
 from autocompress.spaces import SearchSpace
 from autocompress.tasks.base import Task, quality
@@ -82,14 +92,12 @@ class Engine:
         self.profile, self.run, self.clock, self.progress = profile, run, clock, progress
         self.stages: dict[str, float] = {}
         self.trials = 0
-        target = Target(
-            hardware=config.hardware,
-            runtime=config.runtime,
-            version=profile.runtime_version,
-            threads=config.threads,
-            batch=config.batch,
+        self.present = is_present(config, profile)
+        self.limits = limits_of(config, profile)
+        target = target_of(config, profile)
+        self.delivery = Delivery(
+            run, task, target, config.objectives, self.limits, config.seed, self.present, knows_energy(profile)
         )
-        self.delivery = Delivery(run, task, target, config.objectives, config.budgets, config.seed)
 
     def execute(self) -> Front:
         """Runs all stages; what is already done in the run directory is not done again.
@@ -103,7 +111,7 @@ class Engine:
         with self._stage("first points"):
             self._deliver_stitched(context, scored)
         with self._stage("recover"):
-            Climber(context, scored).climb()
+            Climber(context, context.repriced(scored)).climb()
         with self._stage("measure"):
             points, _ = self.delivery.select()
             # Together, so that the figures of one table are comparable.
@@ -130,7 +138,6 @@ class Engine:
             self.progress.stage("read")
             graph, weights = read_model(task.model, task.example_inputs)
             menu = Menu(graph, self.space, config.freeze, config.origin("freeze"))
-            write_text(self.run / "space.json", json.dumps(menu.describe(), indent=1))
             dense = build_module(graph, weights)
             calibration = task.split("calibration")
             batches = [(calibration.batch(slice(i, i + 128)).inputs[0],) for i in range(0, len(calibration), 128)]
@@ -140,14 +147,17 @@ class Engine:
             original = Base(Original(), graph, weights, pricer.lower(graph))
             error = 1.0 - quality(task, dense)
         with self._stage("calibrate"):
-            anchors = calibrate(original, evaluator, self.profile, config, self.run, self.progress)
-            logger.info("cost model calibrated on %d artifacts", anchors)
+            feedback = None
+            if self.present:
+                feedback = calibrate(original, evaluator, menu, self.profile, config, self.run, self.progress)
+            estimate = original.skeleton.estimate(CompressionPlan())
+            counted = counted_costs(config, self.limits, estimate)
+            menu = prune(menu, original.skeleton, counted, executed_types(self.profile))
+            write_text(self.run / "space.json", json.dumps(menu.describe(), indent=1))
+            hard = predicted_limits(self.limits, estimate, self.present, PREDICTION_MARGIN)
             self._check_reachable(menu, original)
         with self._stage("baselines"):
             reference = self._deliver_baselines(original, database)
-        hard = {name: limit for name, limit in config.budgets.items() if name != "drop"}
-        if "latency_ms" in hard:
-            hard["latency_ms"] /= PREDICTION_MARGIN
         return Context(
             config=config,
             space=self.space,
@@ -166,6 +176,7 @@ class Engine:
             error=error,
             hard=hard,
             reference=reference,
+            feedback=feedback,
             publish=lambda: self._publish("running"),
         )
 
@@ -173,7 +184,7 @@ class Engine:
         """Ends early where even the cheapest plan is far over budget as predicted."""
         cheap = [menu.plan(menu.uniform(0.0, compute, bits)) for compute, bits in FORMATS]
         costs = [prices(original.skeleton, plan) for plan in cheap]
-        for name, limit in self.config.budgets.items():
+        for name, limit in self.limits.items():
             if name == "drop":
                 continue
             best = min(cost[name] for cost in costs)
@@ -183,8 +194,8 @@ class Engine:
                     f"(every width at its least); raise the budget or allow more with --space"
                 )
 
-    def _deliver_baselines(self, original: Base, database: LayerDatabase) -> tuple[float, float]:
-        """Exports and measures the original and its uniform int8 form; gives the original's latency and size."""
+    def _deliver_baselines(self, original: Base, database: LayerDatabase) -> dict[str, float]:
+        """Exports and measures the original and its uniform int8 form; gives the original's predicted costs."""
         dense = complete(original.graph, CompressionPlan())
         int8 = LayerPlan(compute="int8", storage=format_of("int8", 8).storage)
         layers = {layer.name: int8 for layer in original.graph.compressible}
@@ -195,16 +206,15 @@ class Engine:
         if ORIGINAL not in self.delivery.points:
             raise UsageError(f"the original does not run as exported: {self.delivery.failures[ORIGINAL]}")
         self.delivery.measure([UNIFORM_INT8], MEASURE_S)
-        reference = self.delivery.points[ORIGINAL]
-        assert reference.latency_ms.measured is not None
         self._publish("running")
-        return reference.latency_ms.measured, float(reference.size_bytes)
+        # As predicted: what it is compared with is predicted too, and another measurement would give other choices.
+        return prices(original.skeleton, dense)
 
     # --------------------------------------------------------------------------------------------------- search
 
     def _search(self, context: Context) -> list[Scored]:
         """Optuna over stitched candidates, from the seeds on; gives every distinct plan that was evaluated."""
-        costs = tuple(name for name in self.config.objectives if name != "error")
+        costs = context.costs
         study = PlanStudy(context.storage, context.menu, costs, context.hard, self.config.seed)
         finished = self.run / ".work" / "search-done.json"
         if read_json(finished) is None:
@@ -267,8 +277,14 @@ class Engine:
                 models.append((plan, context.evaluator.build(plan)))
         for plan, compressed in models:
             self.delivery.add(name_of(plan), compressed, original.skeleton.estimate(priced(plan)))
-        self.delivery.measure([name_of(plan) for plan, _ in models], MEASURE_S)
+        names = [name_of(plan) for plan, _ in models]
+        self.delivery.measure(names, MEASURE_S)
         self._publish("running")
+        # From here on, and from each structure that is recovered, prices follow what was measured.  The study before
+        # saw the anchors alone: its values would not be comparable otherwise.
+        if context.feedback is not None:
+            context.feedback.apply()
+        context.learn([UNIFORM_INT8, *names])
 
     def _publish(self, status: Literal["running", "complete"]) -> Front:
         self.clock.save()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,18 +54,33 @@ class RecoveryForecast:
         return np.asarray(np.exp(offset + slope * np.log(np.maximum(divergence, 1e-4))))
 
 
-def box(drop: float, latency: float, size: float, reference: tuple[float, float], span: float) -> list[float]:
-    """A point in the unit box of ``scoring.front_hypervolume``, ``drop`` as a fraction and ``span`` in points."""
-    speed = min(math.log2(reference[0] / latency) / SPEED_SPAN, 1.0)
-    shrink = min(math.log2(reference[1] / size) / SHRINK_SPAN, 1.0)
-    return [max(0.0, drop) * 100.0 / span, 1.0 - speed, 1.0 - shrink]
+MOST_AXES = 3
+"""Costs that a gain is reckoned over: hypervolumes over more axes take too long to be reckoned for each candidate."""
+
+_SPANS = {"size_bytes": SHRINK_SPAN, "peak_memory_bytes": SHRINK_SPAN}
+
+
+def box(drop: float, costs: Mapping[str, float], reference: Mapping[str, float], span: float) -> list[float]:
+    """A point in the unit box of ``scoring.front_hypervolume``, one axis a cost behind the drop's.
+
+    Args:
+        drop: of quality, as a fraction.
+        costs: by name; those after the third do not count.
+        reference: the original's costs.
+        span: the drop in points that is worth nothing.
+    """
+    gains = [
+        min(math.log2(max(reference[name], 1e-12) / max(cost, 1e-12)) / _SPANS.get(name, SPEED_SPAN), 1.0)
+        for name, cost in list(costs.items())[:MOST_AXES]
+    ]
+    return [max(0.0, drop) * 100.0 / span, *(1.0 - gain for gain in gains)]
 
 
 def best_gain(present: Sequence[Sequence[float]], candidates: Sequence[Sequence[float]]) -> tuple[int, float]:
     """The candidate that adds the most hypervolume to the points present, and how much."""
-    corner = [1.0, 1.0, 1.0]
-    base = hypervolume(np.array(present).reshape(-1, 3), corner)
-    gains = [hypervolume(np.array([*present, c]).reshape(-1, 3), corner) - base for c in candidates]
+    corner = [1.0] * len(candidates[0])
+    base = hypervolume(np.array(present).reshape(-1, len(corner)), corner)
+    gains = [hypervolume(np.array([*present, c]), corner) - base for c in candidates]
     index = int(np.argmax(gains))
     return index, gains[index]
 

@@ -7,6 +7,8 @@ combination of options is a valid plan, and coupled layers cannot disagree.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,6 +104,7 @@ class Menu:
         if space.freeze:
             frozen |= match_layers(space.freeze, names, "search space: freeze")
         self.dropped: dict[str, str] = {name: "frozen" for name in sorted(frozen)}
+        self._space = space
         self.knobs = tuple(self._knobs(space, frozen))
         if not self.knobs:
             raise UsageError("the model has no Conv, Linear or constant MatMul layer: there is nothing to compress")
@@ -138,6 +141,25 @@ class Menu:
         layer = self.graph.by_name[name]
         return layer.op == "Conv" and fused_output(self.graph, layer) in self.graph.outputs
 
+    def reduced(self, options: Mapping[str, Sequence[Option]], reasons: Mapping[str, str]) -> Menu:
+        """The menu with fewer options for some knobs, and why, by the knob's name."""
+        made = copy.copy(self)
+        made.__dict__.pop("digest", None)
+        made.knobs = tuple(dataclasses.replace(k, options=tuple(options.get(k.name, k.options))) for k in self.knobs)
+        made.dropped = dict(self.dropped)
+        for name, reason in reasons.items():
+            made.dropped[name] = f"{made.dropped[name]}; {reason}" if name in made.dropped else reason
+        return made
+
+    def named(self, knob: str) -> frozenset[str]:
+        """What a rule of the space sets for this knob alone (``keep``, ``compute``, ``weight_bits``)."""
+        return self._space.named(knob)
+
+    @property
+    def formats(self) -> list[LayerPlan]:
+        """Every number format that some knob offers: what a layer the menu does not know may take."""
+        return list(dict.fromkeys(option.format for knob in self.knobs for option in knob.options))
+
     # ------------------------------------------------------------------------------------------ plans and choices
 
     @cached_property
@@ -147,10 +169,13 @@ class Menu:
 
     def plan(self, choices: Sequence[int], base: Original | Student | None = None) -> CompressionPlan:
         """The plan of one option index a knob."""
+        return self.plan_of([k.options[c] for k, c in zip(self.knobs, choices, strict=True)], base)
+
+    def plan_of(self, options: Sequence[Option], base: Original | Student | None = None) -> CompressionPlan:
+        """The plan of one option a knob, whether the menu offers it or not."""
         groups: dict[str, int] = {}
         layers: dict[str, LayerPlan] = {}
-        for knob, choice in zip(self.knobs, choices, strict=True):
-            option = knob.options[choice]
+        for knob, option in zip(self.knobs, options, strict=True):
             if knob.group is not None and option.keep is not None:
                 groups[knob.group] = option.keep
             for layer in knob.layers:

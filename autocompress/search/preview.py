@@ -10,7 +10,12 @@ from autocompress.graph.macs import count_macs
 from autocompress.graph.read import read_model
 from autocompress.hardware.models import cost_model
 from autocompress.hardware.profile import HardwareProfile
+from autocompress.hardware.skeleton import Skeleton
+from autocompress.plan import CompressionPlan
+from autocompress.search.context import prices
 from autocompress.search.menu import Menu
+from autocompress.search.pruning import prune
+from autocompress.search.target import counted_costs, executed_types, is_present, limits_of
 from autocompress.spaces import SearchSpace
 from autocompress.tasks.base import Task
 
@@ -20,13 +25,16 @@ def preview(config: RunConfig, space: SearchSpace, task: Task, profile: Hardware
     graph, _ = read_model(task.model, task.example_inputs)
     menu = Menu(graph, space, config.freeze, config.origin("freeze"))
     skeleton = cost_model(profile).lower(graph)
+    limits = limits_of(config, profile)
+    counted = counted_costs(config, limits, skeleton.estimate(CompressionPlan()))
+    menu = prune(menu, skeleton, counted, executed_types(profile))
     corners = {
         "dense fp32": menu.uniform(1.0, "fp32", 32),
         "uniform int8": menu.uniform(1.0, "int8", 8),
         "half the channels, int8": menu.uniform(0.5, "int8", 8),
         "least, int8 with 4-bit weights": menu.uniform(0.0, "int8", 4),
     }
-    table = skeleton.price([menu.plan(choices) for choices in corners.values()])
+    plans = {name: menu.plan(choices) for name, choices in corners.items()}
     macs, unsupported = count_macs(task.model, task.example_inputs)
     return {
         "task": task.name,
@@ -42,8 +50,16 @@ def preview(config: RunConfig, space: SearchSpace, task: Task, profile: Hardware
         "plans": f"10^{sum(math.log10(len(knob.options)) for knob in menu.knobs):.1f}",
         "left_out": menu.dropped,
         "hardware": profile.name,
-        "predicted": {
-            name: {"latency_ms": round(float(ms), 4), "size_bytes": int(size)}
-            for name, ms, size in zip(corners, table.latency_ms, table.size_bytes, strict=True)
-        },
+        "measured_here": is_present(config, profile),
+        "budgets": limits,
+        "predicted": {name: _costs(skeleton, plan) for name, plan in plans.items()},
     }
+
+
+def _costs(skeleton: Skeleton, plan: CompressionPlan) -> dict[str, float]:
+    found = prices(skeleton, plan)
+    shown = {"latency_ms": round(found["latency_ms"], 4), "size_bytes": int(found["size_bytes"])}
+    shown["peak_memory_bytes"] = int(found["peak_memory_bytes"])
+    if "energy_mj" in found:
+        shown["energy_mj"] = float(f"{found['energy_mj']:.4g}")
+    return shown

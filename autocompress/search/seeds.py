@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from autocompress.plan import CompressionPlan, Compute, LayerPlan
 from autocompress.progress import Progress
-from autocompress.search.menu import Menu
+from autocompress.search.menu import Menu, Option
 
 Array = npt.NDArray[np.float64]
 Pricer = Callable[[Sequence[CompressionPlan]], Array]
@@ -38,21 +38,21 @@ def measure_sensitivity(menu: Menu, judge: Callable[[CompressionPlan], float], p
         for k, knob in enumerate(menu.knobs)
     ]
     progress.stage("sensitivity", sum(len(widths) + len(formats) for _, widths, formats in tasks))
+    chosen = [knob.options[choice] for knob, choice in zip(menu.knobs, dense, strict=True)]
     rows = []
     for index, widths, formats in tasks:
         options = menu.knobs[index].options
+        whole = options[dense[index]]
 
-        def loss(keep: int, form: LayerPlan, index: int = index) -> float:
-            choice = next(
-                i for i, o in enumerate(menu.knobs[index].options) if (o.keep or 0) == keep and o.format == form
-            )
+        def loss(keep: int, form: LayerPlan, index: int = index, whole: Option = whole) -> float:
+            # Built as it is: a menu that was pruned may hold a width in one format and not in the other.
+            option = Option(keep if whole.keep is not None else None, form)
             progress.advance()
-            if choice == dense[index]:
+            if option == whole:
                 return 0.0
             # Rounded, because the last digits differ from process to process and the seeds should not.
-            return float(f"{judge(menu.plan([*dense[:index], choice, *dense[index + 1 :]])):.3g}")
+            return float(f"{judge(menu.plan_of([*chosen[:index], option, *chosen[index + 1 :]])):.3g}")
 
-        whole = options[dense[index]]
         by_width = {keep: loss(keep, whole.format) for keep in widths}
         by_format = {form: loss(whole.keep or 0, form) for form in formats}
         rows.append(np.array([by_width[o.keep or 0] + by_format[o.format] for o in options]))

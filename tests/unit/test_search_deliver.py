@@ -231,3 +231,72 @@ def test_metrics_follow_a_new_measurement(tmp_path: Path) -> None:
     made.publish("complete", 1, 1.0, {})
     metrics = json.loads((tmp_path / "models" / "a" / "metrics.json").read_text())
     assert metrics["latency_ms"]["measured"] == 0.45
+
+
+# ------------------------------------------------------------------------------------------- a target not here
+
+
+def absent(run: Path, *points: FrontPoint, **more: Any) -> Delivery:
+    """A delivery for a device that is not here: nothing is measured, latencies are off by a fifth either way."""
+    made = delivery(run, **more)
+    made.present = False
+    banded = [point(ORIGINAL, 0.95, None, 1_000_000, predicted=1.0), *points]
+    for given in banded:
+        ms = given.latency_ms.predicted or 0.0
+        latency = given.latency_ms.model_copy(update={"error_band": (0.8 * ms, 1.2 * ms)})
+        made.points[given.id] = given.model_copy(update={"latency_ms": latency})
+        right = round(given.quality.validation * 1000)
+        made._scores[given.id, "validation"] = np.array([1.0] * right + [0.0] * (1000 - right))
+        folder = run / ".work" / "models" / given.id
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ("model.onnx", "model.safetensors", "plan.json"):
+            (folder / file).write_text(f"{file} of {given.id}")
+    made.measure([given.id for given in banded], 0.1)
+    return made
+
+
+def test_where_the_target_is_not_here_predictions_decide_and_nothing_is_called_measured(tmp_path: Path) -> None:
+    made = absent(
+        tmp_path,
+        point("fast", 0.93, None, 300_000, predicted=0.3),
+        point("worse", 0.92, None, 400_000, predicted=0.4),
+    )
+    front = made.publish("complete", 2, 1.0, {})
+    assert not front.verified
+    assert [p.id for p in front.points] == ["fast"]
+    assert made.select()[1] == {"worse": "dominated as predicted by fast"}
+    stored = load_front(tmp_path)
+    for shown in (stored.reference, *stored.points):
+        assert (shown.info.latency_ms.measured, shown.info.latency_ms.measured_p95) == (None, None)
+    assert stored["fast"].speedup == pytest.approx(1 / 0.3)
+
+
+def test_budgets_hold_on_the_upper_end_of_a_prediction(tmp_path: Path) -> None:
+    points = point("near", 0.94, None, 100_000, predicted=0.5), point("far", 0.90, None, 90_000, predicted=0.4)
+    made = absent(tmp_path, *points, limits={"latency_ms": 0.55})
+    assert names(made) == ["far"]
+    assert made.select()[1] == {"near": "breaks a budget: latency_ms by 9.1%"}
+    energy = absent(
+        tmp_path / "energy", point("a", 0.9, None, 1, predicted=0.1, energy_mj=1.0), limits={"energy_mj": 1.2}
+    )
+    assert names(energy) == ["a"]
+    energy.bounds["a"] = {"energy_mj": 1.3}
+    assert energy.select()[1] == {"a": "breaks a budget: energy_mj by 8.3%"}
+
+
+def test_predictions_are_taken_up_again(tmp_path: Path) -> None:
+    made = absent(tmp_path, point("a", 0.93, None, 300_000, predicted=0.3))
+    made.bounds["a"] = {"energy_mj": 1.3}
+    made._save("a")
+    for name in (ORIGINAL, "a"):
+        for split in ("validation", "test"):
+            np.save(tmp_path / ".work" / "models" / name / f"{split}.npy", np.ones(4, dtype=np.float32))
+    again = Delivery(tmp_path, made.task, TARGET, made.objectives, {}, seed=0, present=False)
+    assert names(again) == ["a"]
+    assert (again.uppers["a"], again.bounds["a"]) == (pytest.approx(0.36), {"energy_mj": 1.3})
+
+
+def test_infeasible_predictions_say_that_they_are(tmp_path: Path) -> None:
+    made = absent(tmp_path, point("a", 0.9, None, 100_000, predicted=0.5), limits={"latency_ms": 0.2})
+    with pytest.raises(InfeasibleError, match=r"nearest: a with 0\.5 ms predicted, .* breaks latency_ms by 200\.0%"):
+        made.require_feasible(made.publish("complete", 1, 1.0, {}))
