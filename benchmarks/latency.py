@@ -1,8 +1,10 @@
 """How well the latency model knows plans it has never seen: ``make bench-latency``, about 25 minutes on two cores.
 
 First this machine is profiled and the profile frozen.  Then plans of each family are drawn by a seed, exported with
-random weights and timed twice; ten anchors of the family calibrate the model, and its predictions of the drawn plans
-are held against the times.  What simpler predictors make of the same anchors stands beside it.
+random weights and timed twice; a dozen anchors of the family calibrate the model, and its predictions of the drawn
+plans are held against the times.  What simpler predictors make of the same anchors stands beside it.
+
+The page is written anew from all figures in the folder after every family, so threads can be run one after the other.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -28,7 +30,7 @@ from autocompress.graph.rewrite import rewrite
 from autocompress.hardware.anchors import anchor_plans, measure_plans
 from autocompress.hardware.cost import FittedCostModel
 from autocompress.hardware.measure import measure_profile
-from autocompress.hardware.profile import FittedProfile, cpu_description
+from autocompress.hardware.profile import FittedProfile, HardwareProfile, cpu_description
 from autocompress.hardware.synthetic import INT8, random_weights, with_ranges
 from autocompress.methods.quantization import activation_formats
 from autocompress.plan import CompressionPlan, Layer, LayerPlan, ModelGraph
@@ -85,12 +87,16 @@ FAMILIES = {
 
 
 def draw_plans(graph: ModelGraph, count: int, seed: int) -> list[CompressionPlan]:
-    """Plans such as a search proposes: every group's width around a common one, layers in one type or mixed."""
+    """Plans such as a search proposes: every group's width around a common one, layers in one type or mixed.
+
+    The common widths are spread evenly over their range, so that few plans span it.
+    """
     rng = np.random.default_rng(seed)
+    common_shares = rng.permutation(np.exp(np.linspace(np.log(SHARES[0]), 0.0, count)))
     names = [layer.name for layer in graph.compressible]
     plans: list[CompressionPlan] = []
     while len(plans) < count:
-        common = float(np.exp(rng.uniform(np.log(SHARES[0]), 0.0)))
+        common = float(common_shares[len(plans)])
         groups = {}
         for group in graph.groups:
             wanted = group.size * min(1.0, common * float(np.exp(rng.normal(0.0, 0.3))))
@@ -326,12 +332,18 @@ def pricing_speed(profile: FittedProfile, count: int = 20_000) -> float:
     return float(np.median(rates))
 
 
-def write(rows: pd.DataFrame, profiles: Mapping[int, FittedProfile], speed: float, seed: int, out: Path) -> None:
-    """The raw figures and the page that says what they come to."""
-    out.mkdir(parents=True, exist_ok=True)
-    rows.round(6).to_csv(out / "plans.csv", index=False)
+def write(out: Path, seed: int) -> None:
+    """The page that says what the figures in the folder come to."""
+    rows = pd.concat([pd.read_csv(path) for path in sorted(out.glob("plans-*-threads.csv"))], ignore_index=True)
+    profiles = {
+        profile.threads: profile
+        for path in sorted(out.glob("profile-*-threads.yaml"))
+        if isinstance(profile := HardwareProfile.load(path), FittedProfile)
+    }
     table = summary(rows)
     table.to_csv(out / "summary.csv", index=False)
+    speed_file = out / "plans-a-second.txt"
+    speed = float(speed_file.read_text()) if speed_file.exists() else float("nan")
     lines = [
         "# The latency model on plans it has never seen\n",
         f"`make bench-latency`, {datetime.now(UTC):%Y-%m-%d}, {cpu_description()}, {os.cpu_count()} cores, "
@@ -340,7 +352,7 @@ def write(rows: pd.DataFrame, profiles: Mapping[int, FittedProfile], speed: floa
     ]
     for threads, profile in profiles.items():
         held = profile.holdout
-        if held is not None and profile.provenance is not None:
+        if held is not None:
             lines.append(
                 f"Profile at {threads} thread{'s' if threads > 1 else ''}: {profile.provenance.seconds:.0f} s; on its "
                 f"own models held out {100 * held.mape:.1f}% MAPE, max {100 * held.max:.0f}%, tau "
@@ -354,7 +366,7 @@ def write(rows: pd.DataFrame, profiles: Mapping[int, FittedProfile], speed: floa
         "at most 3% or 1.5 floors for families like those profiled, 5% for others; 95% of plans within 10%, all "
         "within 20%; tau at least 0.95 over pairs further apart than the floor.\n",
         "## Beside simpler predictors\n",
-        "Each baseline is turned into milliseconds by a straight line through the same ten anchors.\n",
+        "Each baseline is turned into milliseconds by a straight line through the same anchors.\n",
         markdown(
             table.pivot_table(index=["family", "threads"], columns="predictor", values="MAPE %", aggfunc="first",
                               sort=False).reset_index()
@@ -373,17 +385,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "latency")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    profiles: dict[int, FittedProfile] = {}
-    parts: list[pd.DataFrame] = []
-    with showing_progress(quiet=False) as progress:
-        for threads in given.threads:
-            profiles[threads] = measure_profile(threads, progress=progress)
+    out: Path = given.out
+    out.mkdir(parents=True, exist_ok=True)
     for threads in given.threads:
+        with showing_progress(quiet=False) as progress:
+            profile = measure_profile(threads, progress=progress)
+        profile.save(out / f"profile-{threads}-threads.yaml")
+        parts: list[pd.DataFrame] = []
         for name in given.families:
             begin = time.perf_counter()
-            parts.append(
-                evaluate(name, FAMILIES[name], profiles[threads], given.plans, given.seed, not given.no_singles)
-            )
+            parts.append(evaluate(name, FAMILIES[name], profile, given.plans, given.seed, not given.no_singles))
+            pd.concat(parts).round(6).to_csv(out / f"plans-{threads}-threads.csv", index=False)
+            write(out, given.seed)
             line = summary(parts[-1]).iloc[0]
             print(
                 f"{name}, {threads} threads: MAPE {line['MAPE %']}% (bar {line['bar %']}%), max {line['max %']}%, "
@@ -391,9 +404,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{time.perf_counter() - begin:.0f} s",
                 flush=True,
             )
-    speed = pricing_speed(profiles[given.threads[0]])
-    write(pd.concat(parts, ignore_index=True), profiles, speed, given.seed, given.out)
-    print(f"{speed:,.0f} plans a second; {given.out / 'README.md'}")
+    (out / "plans-a-second.txt").write_text(f"{pricing_speed(profile):.0f}\n", encoding="utf-8")
+    write(out, given.seed)
+    print(out / "README.md")
     return 0
 
 

@@ -11,18 +11,19 @@ import torch
 
 from autocompress.graph.rewrite import rewrite
 from autocompress.hardware.calibration import Observation
+from autocompress.hardware.grid import keep_count
 from autocompress.hardware.reading import TimedKernel
 from autocompress.hardware.synthetic import INT8, random_weights, with_ranges
 from autocompress.methods.quantization import activation_formats
-from autocompress.plan import CompressionPlan, Group, LayerPlan, ModelGraph
+from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph
 from autocompress.progress import Progress
 from autocompress.runtime.base import DEFAULT_RUNTIME
 
 
-def anchor_plans(graph: ModelGraph, seed: int = 0, count: int = 10) -> list[CompressionPlan]:
+def anchor_plans(graph: ModelGraph, seed: int = 0, count: int = 12) -> list[CompressionPlan]:
     """Plans that cover the kernels a search of this model meets: both types, wide and narrow, alone and mixed.
 
-    Every group keeps a count on the grid of ``on_grid``.
+    Every group keeps a count on the grid of ``grid.keep_count``.
 
     Args:
         graph: the model.
@@ -43,6 +44,7 @@ def anchor_plans(graph: ModelGraph, seed: int = 0, count: int = 10) -> list[Comp
         _plan(graph, _uniform(graph, 0.5), dict.fromkeys(names[:half], INT8)),
         _plan(graph, _uniform(graph, 0.25), everywhere),
         _plan(graph, _uniform(graph, 0.5), {}),
+        _plan(graph, _uniform(graph, 0.125), everywhere),
     ]
     while len(made) < count:
         layers, current = {}, bool(rng.random() < 0.5)
@@ -51,7 +53,9 @@ def anchor_plans(graph: ModelGraph, seed: int = 0, count: int = 10) -> list[Comp
                 current = not current
             if current:
                 layers[name] = INT8
-        made.append(_plan(graph, {g.id: on_grid(g, float(rng.uniform(0.25, 1.0))) for g in graph.groups}, layers))
+        made.append(
+            _plan(graph, {g.id: keep_count(g.size, float(rng.uniform(0.25, 1.0))) for g in graph.groups}, layers)
+        )
     unique = {plan.structure_digest: plan for plan in made}
     return list(unique.values())[:count]
 
@@ -62,16 +66,7 @@ def _plan(graph: ModelGraph, keeps: Mapping[str, int], layers: Mapping[str, Laye
 
 
 def _uniform(graph: ModelGraph, share: float) -> dict[str, int]:
-    return {group.id: on_grid(group, share) for group in graph.groups}
-
-
-def on_grid(group: Group, share: float) -> int:
-    """The count nearest to a share of a group that a search offers: a multiple of 8, or of 4 in small groups.
-
-    Runtimes waste time off that grid; a group's own alignment is kept too.
-    """
-    step = max(group.align, 8 if group.size > 32 else 4)
-    return min(group.size, max(min(step, group.size), round(share * group.size / step) * step))
+    return {group.id: keep_count(group.size, share) for group in graph.groups}
 
 
 def measure_plans(

@@ -14,10 +14,10 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from autocompress.errors import UsageError, unknown_name
-from autocompress.hardware.anchors import on_grid
 from autocompress.hardware.calibration import Calibration, Observation
 from autocompress.hardware.fitting import MeasuredModel
 from autocompress.hardware.footprint import ActivationMemory, Dims, multiply_accumulates, size_counts, stored_bytes
+from autocompress.hardware.grid import keep_count
 from autocompress.hardware.kernels import (
     FAMILIES,
     KINDS,
@@ -37,6 +37,7 @@ from autocompress.hardware.skeleton import Record, Skeleton, Terms
 from autocompress.methods.quantization import FOLLOWERS
 from autocompress.plan import INT8_WEIGHT, CompressionPlan, LayerPlan, ModelGraph
 
+_FAMILY_INDEX = {family: index for index, family in enumerate(FAMILIES)}
 _WITH_WEIGHTS = ("fp32", "int8")
 _INT8 = LayerPlan(compute="int8", storage=INT8_WEIGHT)
 _PLANS_AHEAD = 30
@@ -134,7 +135,9 @@ class FittedSkeleton(Skeleton):
         rng = np.random.default_rng(0)
         kernels: list[LoweredKernel] = []
         for number in range(_PLANS_AHEAD):
-            groups = {g.id: on_grid(g, float(np.exp(rng.uniform(np.log(0.125), 0.0)))) for g in self.graph.groups}
+            groups = {
+                g.id: keep_count(g.size, float(np.exp(rng.uniform(np.log(0.125), 0.0)))) for g in self.graph.groups
+            }
             share = (0.0, 1.0, 0.5)[number % 3]
             layers = {name: _INT8 for name in self.layer_names if rng.random() < share}
             kernels += self._kernels(CompressionPlan(groups=groups, layers=layers))
@@ -176,11 +179,11 @@ class FittedSkeleton(Skeleton):
             if not mask.any():
                 return
             microseconds = self._refinement.cost_us(label, kind, work, whole)
-            family_us[FAMILIES.index(KINDS[kind])] += np.where(mask, microseconds, 0.0)
+            family_us[_FAMILY_INDEX[KINDS[kind]]] += microseconds * mask
             if whole:
-                kernels[mask] += 1
+                kernels[:] += mask
                 if KINDS[kind] in _WITH_WEIGHTS:
-                    weight_bytes[:] += np.where(mask, work.weight_bytes, 0.0)
+                    weight_bytes[:] += work.weight_bytes * mask
             if record is not None:
                 record(label, kind, microseconds, mask, whole)
 

@@ -105,12 +105,16 @@ class Work:
 
     def features(self) -> tuple[Number, ...]:
         """In the order of ``FEATURES``."""
-        moved = self.read_bytes + self.written_bytes + self.weight_bytes
-        counts = (
-            self.macs, self.taps, self.points, self.windows, self.read_bytes, self.written_bytes, self.weight_bytes,
-            np.maximum(moved - NEAR_BYTES, 0.0),
-        )  # fmt: skip
-        return (1.0, *(count * 1e-6 for count in counts))
+        return (1.0, *(getattr(self, name) * 1e-6 for name in _COUNTS))
+
+    @property
+    def far_bytes(self) -> Number:
+        """What of all it moves does not fit the near cache."""
+        return np.maximum(self.read_bytes + self.written_bytes + self.weight_bytes - NEAR_BYTES, 0.0)
+
+
+_COUNTS = ("macs", "taps", "points", "windows", "read_bytes", "written_bytes", "weight_bytes", "far_bytes")
+"""What is counted for each of ``FEATURES`` but the constant."""
 
 
 def round_up(value: Number, step: int) -> Number:
@@ -246,9 +250,9 @@ def cost_us(coefficients: tuple[float, ...], work: Work) -> Number:
     """The fitted time of a kernel, in microseconds."""
     fixed, *rest = coefficients
     total: Number = fixed
-    for weight, feature in zip(rest, work.features()[1:], strict=True):
+    for weight, name in zip(rest, _COUNTS, strict=True):
         if weight:
-            total = total + weight * feature
+            total = total + (weight * 1e-6) * getattr(work, name)
     return total
 
 

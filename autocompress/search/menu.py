@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from autocompress.errors import UsageError
+from autocompress.hardware.grid import keep_count
 from autocompress.methods.quantization import activation_formats, fused_output
 from autocompress.patterns import match_layers
 from autocompress.plan import (
@@ -31,9 +32,6 @@ from autocompress.plan import (
     digest_of,
 )
 from autocompress.spaces import SearchSpace
-
-NARROWEST = (4, 2)
-"""Channel counts below the grid that are offered as well: at high resolution a narrow layer's time falls with them."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,7 @@ def keep_counts(size: int, shares: Iterable[float]) -> tuple[int, ...]:
     >>> keep_counts(16, [1.0, 0.5, 0.25, 0.125])
     (16, 8, 4, 2)
     """
-    step = 8 if size > 32 else 4
-    counts = set()
-    for share in shares:
-        wanted = round(size * share)
-        on_grid = -(-wanted // step) * step
-        counts.add(min(size, size if share >= 1 else next((n for n in NARROWEST[::-1] if n >= wanted), on_grid)))
-    return tuple(sorted(counts, reverse=True))
+    return tuple(sorted({keep_count(size, share) for share in shares}, reverse=True))
 
 
 class Menu:

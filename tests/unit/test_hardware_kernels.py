@@ -143,7 +143,7 @@ def test_anchor_plans_cover_types_and_keep_to_the_grid() -> None:
     assert any(0 < len(plan.layers) < len(names) for plan in plans)
     assert len({plan.structure_digest for plan in plans}) == len(plans)
     assert len({kept for plan in plans for kept in plan.groups.values()}) > 1
-    assert all(kept % 8 == 0 for plan in plans for kept in plan.groups.values())
+    assert {kept for plan in plans for kept in plan.groups.values()} <= {4, 8, 12, 16, 20, 24, 28}
     assert plans == anchor_plans(graph, seed=0, count=12)
 
 

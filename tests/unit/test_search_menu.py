@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autocompress.errors import UsageError
+from autocompress.hardware.grid import NARROWEST
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Student
-from autocompress.search.menu import NARROWEST, Menu, format_of, formats_of, keep_counts
+from autocompress.search.menu import Menu, format_of, formats_of, keep_counts
 from autocompress.spaces import SearchSpace
 from tests.fixtures.search import make_graph, make_menu
 from tests.graphs import GraphMaker
