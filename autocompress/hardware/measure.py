@@ -141,7 +141,7 @@ def measure_profile(
     )
 
 
-def _detect_block(rng: np.random.Generator, threads: int, runtime: str) -> int:
+def _detect_block(rng: np.random.Generator, threads: int, runtime: str = DEFAULT_RUNTIME) -> int:
     if runtime == "openvino":
         from autocompress.hardware import openvino_reading
 
@@ -158,7 +158,7 @@ def _profile_kernels(
     block: int,
     rng: np.random.Generator,
     progress: Progress,
-    runtime: str,
+    runtime: str = DEFAULT_RUNTIME,
 ) -> list[list[TimedKernel]]:
     """Kernel times of every model; the models take turns, so a disturbance does not fall on one of them."""
     progress.stage("profile kernels", _TURNS)
@@ -178,7 +178,7 @@ def _profile_kernels(
 
 
 def _time_whole(
-    samples: Sequence[Sample], threads: int, batch: int, progress: Progress, runtime: str
+    samples: Sequence[Sample], threads: int, batch: int, progress: Progress, runtime: str = DEFAULT_RUNTIME
 ) -> tuple[list[LatencyStats], list[LatencyStats]]:
     """Latencies of every model in plain sessions, and of a few of them once more, for the repeat floor."""
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:

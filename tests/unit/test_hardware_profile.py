@@ -82,13 +82,13 @@ def test_local_profile_is_read_from_its_cache(
 ) -> None:
     measure = pytest.importorskip("autocompress.hardware.measure")
     monkeypatch.setenv("AUTOCOMPRESS_CACHE", str(tmp_path))
-    monkeypatch.setattr(measure, "measure_profile", lambda *_: profile)
+    monkeypatch.setattr(measure, "measure_profile", lambda *_, **__: profile)
     assert load_hardware() == profile
-    monkeypatch.setattr(measure, "measure_profile", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(measure, "measure_profile", lambda *_, **__: pytest.fail("measured again"))
     assert load_hardware() == profile
     (cached,) = (tmp_path / "hardware").iterdir()
     cached.write_text("broken: [")
-    monkeypatch.setattr(measure, "measure_profile", lambda *_: profile)
+    monkeypatch.setattr(measure, "measure_profile", lambda *_, **__: profile)
     assert load_hardware() == profile, "a broken cache is measured again"
 
 
