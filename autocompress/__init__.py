@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from autocompress.version import __version__
 
 if TYPE_CHECKING:
-    from autocompress.api import predict, profile, report, search, verify
+    from autocompress.api import calibrate, predict, profile, report, search, verify
     from autocompress.config import RunConfig
     from autocompress.front import LoadedFront, Point, load_front, load_point
     from autocompress.tasks import load_task
@@ -28,6 +28,7 @@ __all__ = [
     "Point",
     "RunConfig",
     "__version__",
+    "calibrate",
     "load_front",
     "load_point",
     "load_task",
@@ -42,6 +43,7 @@ _HOMES = {
     "LoadedFront": "autocompress.front",
     "Point": "autocompress.front",
     "RunConfig": "autocompress.config",
+    "calibrate": "autocompress.api",
     "load_front": "autocompress.front",
     "load_point": "autocompress.front",
     "load_task": "autocompress.tasks",

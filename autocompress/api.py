@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from autocompress.plan import Estimate
     from autocompress.tasks.base import Task
 
-__all__ = ["load_front", "load_point", "predict", "profile", "report", "search", "verify"]
+__all__ = ["calibrate", "load_front", "load_point", "predict", "profile", "report", "search", "verify"]
 
 logger = logging.getLogger(__name__)
 
@@ -230,11 +230,10 @@ def profile(
 
     >>> autocompress.profile(threads=2, out="my-laptop.yaml").holdout  # doctest: +SKIP
     """
+    from autocompress.hardware.profile import LOCAL, refuse_threads
     from autocompress.runtime.base import load_runtime
 
     load_runtime(runtime)
-    from autocompress.hardware.profile import LOCAL, refuse_threads
-
     refuse_threads(threads, LOCAL)
     if out is not None:
         _check_target(Path(out))
@@ -246,12 +245,43 @@ def profile(
     return made
 
 
+def calibrate(
+    measurements: str | Path,
+    hardware: str | Path,
+    *,
+    out: str | Path | None = None,
+    threads: int | None = None,
+    batch: int | None = None,
+) -> HardwareProfile:
+    """The analytic profile of a device, rescaled to what you measured on it.
+
+    Args:
+        measurements: a YAML list of ``{model: FILE.onnx, latency_ms: X}``, two at least; paths are from its folder.
+        hardware: the profile to start from: a shipped name or a YAML file.
+        out: a YAML file to write the new profile to, in a folder that exists.
+        threads: threads of the measured runs; the profile's by default.
+        batch: samples of the measured runs; likewise.
+    """
+    from autocompress.hardware.analytic_calibration import calibrate_profile, read_measurements
+    from autocompress.hardware.predict import predict_onnx
+    from autocompress.hardware.profile import load_hardware
+
+    if out is not None:
+        _check_target(Path(out))
+    found = read_measurements(Path(measurements))
+    made = calibrate_profile(load_hardware(hardware, threads, batch), found, predict_onnx)
+    if out is not None:
+        made.save(Path(out))
+    return made
+
+
 def predict(
     model: str | Path,
     hardware: str | Path = "local",
     *,
     threads: int | None = None,
     batch: int | None = None,
+    runtime: str | None = None,
     dims: Mapping[str, int] | None = None,
     progress: Progress | None = None,
 ) -> Estimate:
@@ -262,12 +292,15 @@ def predict(
         hardware: ``local``, a name of ``autocompress list hardware``, or a profile's YAML file.
         threads: threads of one run; the profile's by default.
         batch: samples of one run; likewise.
+        runtime: what runs the model; likewise, ``onnxruntime`` for ``local``.
         dims: sizes of axes that an ONNX file leaves open, by name; an open first axis takes the batch.
         progress: told how far the measuring of this machine is, where it is not known yet.
 
     >>> autocompress.predict("model.onnx").costs["latency_ms"]  # doctest: +SKIP
     """
-    return predict_in_detail(model, hardware, threads=threads, batch=batch, dims=dims, progress=progress).estimate
+    return predict_in_detail(
+        model, hardware, threads=threads, batch=batch, runtime=runtime, dims=dims, progress=progress
+    ).estimate
 
 
 def predict_in_detail(
@@ -276,6 +309,7 @@ def predict_in_detail(
     *,
     threads: int | None = None,
     batch: int | None = None,
+    runtime: str | None = None,
     dims: Mapping[str, int] | None = None,
     progress: Progress | None = None,
 ) -> Prediction:
@@ -285,7 +319,7 @@ def predict_in_detail(
 
     path = Path(model)
     check_path(path)
-    device = load_hardware(hardware, threads, batch, progress=progress)
+    device = load_hardware(hardware, threads, batch, runtime, progress=progress)
     return predict_path(path, device, dims=dims)
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from autocompress.cli_options import AsJson, console
+from autocompress.cli_options import CHECKS_FAILED, AsJson, console
 from autocompress.errors import UsageError
-
-if TYPE_CHECKING:
-    from autocompress.hardware.profile import HardwareProfile
 
 PROFILE_CODES = "Exit codes: 0 done, 1 --check found faults, 2 bad usage, 130 interrupted, what was there is kept."
 
@@ -60,7 +57,9 @@ def profile(
 
     _one_of(schema=schema, check=check is not None, calibrate=calibrate is not None)
     if schema:
-        typer.echo(json.dumps(_schema(), indent=1))
+        from autocompress.hardware.profile_check import profile_schema
+
+        typer.echo(json.dumps(profile_schema(), indent=1))
         return
     if check is not None:
         _check(check, as_json=as_json)
@@ -73,7 +72,7 @@ def profile(
         if calibrate is not None:
             if hardware is None or out is None:
                 raise UsageError("--calibrate needs --hardware NAME to start from and --out FILE to write to")
-            made = api.calibrate(calibrate, hardware, out=out)
+            made = api.calibrate(calibrate, hardware, out=out, threads=threads, batch=batch)
         else:
             made = api.profile(
                 runtime=runtime, threads=threads, batch=batch, out=out, refresh=refresh, progress=progress
@@ -107,6 +106,9 @@ def predict(
     batch: Annotated[
         int | None, typer.Option("--batch", metavar="N", help="Samples of one run; the profile's by default.")
     ] = None,
+    runtime: Annotated[
+        str | None, typer.Option("--runtime", help="What runs the model; the profile's by default.")
+    ] = None,
     dim: Annotated[
         list[str] | None,
         typer.Option("--dim", metavar="NAME=N", help="The size of an axis the ONNX file leaves open."),
@@ -131,7 +133,7 @@ def predict(
         from autocompress import api
 
         prediction = api.predict_in_detail(
-            model, hardware, threads=threads, batch=batch, dims=_sizes(dim or []), progress=progress
+            model, hardware, threads=threads, batch=batch, runtime=runtime, dims=_sizes(dim or []), progress=progress
         )
     if as_json:
         typer.echo(prediction.estimate.model_dump_json(indent=1))
@@ -141,27 +143,37 @@ def predict(
     console().print(prediction_view(model, prediction, top))
 
 
+def _check(path: Path, *, as_json: bool) -> None:
+    """Shows what was found; exit code 2 where there is no such file, 1 where something keeps it from being used."""
+    from autocompress.hardware.profile_check import check_profile
+
+    if not path.is_file():
+        raise UsageError(f"--check: no such file: {str(path)!r}")
+    checks = check_profile(path)
+    if as_json:
+        typer.echo(json.dumps([check.model_dump(mode="json") for check in checks], indent=1))
+    else:
+        from autocompress.terminal_hardware import checks_view
+
+        console().print(checks_view(checks))
+    if not all(check.ok for check in checks):
+        raise typer.Exit(CHECKS_FAILED)
+
+
 def describe_hardware() -> dict[str, str]:
     """What ``list hardware`` shows: every device that can be named, and how far its figures can be trusted."""
     from autocompress.hardware.cached import cached_profiles
     from autocompress.hardware.profile import LOCAL, HardwareProfile
     from autocompress.resources import resource_dir, resource_names
+    from autocompress.terminal_hardware import target_text, trust_text
 
-    cached = [f"{p.runtime} {p.runtime_version}, {_run_of(p)}, {_trust(p)}" for p in cached_profiles()]
+    cached = [f"{target_text(p)}, {trust_text(p)}" for p in cached_profiles()]
     known = f"; measured: {'; '.join(cached)}" if cached else "; not measured yet"
     found = {LOCAL: f"this machine, measured on first use and kept{known}"}
     for name in resource_names("hardware_profiles"):
         shipped, _ = HardwareProfile.read(resource_dir("hardware_profiles") / f"{name}.yaml")
-        found[name] = f"{shipped.description}; {shipped.runtime}, {_run_of(shipped)}, {_trust(shipped)}"
+        found[name] = f"{shipped.description}; {target_text(shipped)}; {trust_text(shipped)}"
     return found
-
-
-def _run_of(profile: HardwareProfile) -> str:
-    return f"{profile.threads} thread{'s' if profile.threads > 1 else ''}, batch {profile.batch}"
-
-
-def _trust(profile: HardwareProfile) -> str:
-    return f"{'validated' if profile.validated else 'not validated'}, within {profile.error_band:.0%}"
 
 
 def _sizes(given: list[str]) -> dict[str, int]:

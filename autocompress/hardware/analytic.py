@@ -9,9 +9,10 @@ from autocompress.hardware.analytic_lowering import AnalyticLowering
 from autocompress.hardware.analytic_profile import AnalyticProfile
 from autocompress.hardware.calibration import Calibration
 from autocompress.hardware.footprint import ActivationMemory, multiply_accumulates, size_counts, stored_bytes
-from autocompress.hardware.kernels import KINDS, Work
-from autocompress.hardware.lowering import ELEMENTWISE, POOLS, VIEWS, quantized_tensors
-from autocompress.hardware.roofline import WIDTH, Roofline, Variant, op_class_of, refusal, variant_of
+from autocompress.hardware.kernels import KINDS, LIGHT, VIEWS, Work
+from autocompress.hardware.lowering import quantized_tensors
+from autocompress.hardware.profile import HardwareProfile
+from autocompress.hardware.roofline import WIDTH, Roofline, Variant, op_class_of, refusal, type_of, variant_of
 from autocompress.hardware.skeleton import PriceTable, Record, Skeleton, Terms
 from autocompress.methods.quantization import FOLLOWERS
 from autocompress.plan import CompressionPlan, Estimate, LayerPlan, ModelGraph
@@ -32,21 +33,24 @@ class AnalyticCostModel:
     def kernel_us(self, kind: str, work: Work) -> float:
         """Microseconds of one kernel of a class of ``kernels.KINDS``; one the device cannot run is the host's.
 
+        ``fp16`` may stand in the place of a class's ``fp32``: the runtimes that are measured here have no such class.
+
         Raises:
             UsageError: no such class, or the device refuses it.
         """
-        if kind not in KINDS:
+        if kind.replace("fp16", "fp32") not in KINDS:
             raise unknown_name("kernel class", kind, KINDS)
         if kind == "view":
             return 0.0
         op_class = op_class_of(kind)
-        wanted = "int8" if "int8" in kind or "dynamic" in kind else "fp16" if "fp16" in kind else "fp32"
+        wanted = type_of(kind)
         precision = self.profile.executed(wanted)
         moved = float(work.read_bytes) + float(work.written_bytes)
         macs = float(work.macs) or float(work.written_bytes) / WIDTH["int8" if wanted == "int8" else "fp32"]
         weights = float(work.weight_bytes)
         if precision is not None:
-            return float(self._roofline.kernel_us(op_class, precision, macs, moved, weights))
+            fixed = self._roofline.weights_us_per_byte(weights) if self.profile.weights_gb_per_s else None
+            return float(self._roofline.kernel_us(op_class, precision, macs, moved, weights, fixed))
         if self.profile.host is not None:
             return float(self._roofline.host_us(macs, moved, weights))
         if op_class == "elementwise":
@@ -57,8 +61,32 @@ class AnalyticCostModel:
 
     def run_us(self, weight_bytes: float) -> float:
         """Microseconds of a run beside its kernels', for a model with so many bytes of weights."""
-        extra = self._roofline.weights_us_per_byte(weight_bytes) - self._roofline.us_per_byte(0.0)
+        extra = 0.0
+        if self.profile.weights_gb_per_s is None:
+            extra = self._roofline.weights_us_per_byte(weight_bytes) - self._roofline.us_per_byte(0.0)
         return self._roofline.run_us + self.profile.scale_compute * weight_bytes * max(0.0, float(extra))
+
+
+def memory_notes(profile: HardwareProfile, peak: float, size: float) -> list[str]:
+    """What of a device's memory a model does not fit in: ``peak`` bytes at run time, ``size`` bytes of file."""
+    memory, found = profile.memory, []
+    needed, what = (peak, "activations and the engine") if memory.flash_bytes else (peak + size, "model and data")
+    if memory.ram_bytes is not None and needed > memory.ram_bytes:
+        found.append(
+            f"does not fit: {what} take {format_bytes(needed)} of RAM, {profile.name} has "
+            f"{format_bytes(memory.ram_bytes)}"
+        )
+    if memory.flash_bytes is not None and size > memory.flash_bytes:
+        found.append(
+            f"does not fit: the file takes {format_bytes(size)} of flash, {profile.name} has "
+            f"{format_bytes(memory.flash_bytes)}"
+        )
+    return found
+
+
+def stand_in_note(profile: AnalyticProfile) -> str:
+    """What a device without floats runs them in."""
+    return f"layers in fp32 run in what stands in for it on {profile.name}: {profile.floats_as}"
 
 
 class AnalyticSkeleton(Skeleton):
@@ -68,7 +96,7 @@ class AnalyticSkeleton(Skeleton):
     """
 
     source = "analytic"
-    modelled = ELEMENTWISE | VIEWS | POOLS | FOLLOWERS | {"Conv", "Gemm", "MatMul"}
+    modelled = frozenset(LIGHT) | VIEWS | FOLLOWERS | {"Conv", "Gemm", "MatMul"}
     profile: AnalyticProfile
 
     def __init__(self, graph: ModelGraph, profile: AnalyticProfile) -> None:
@@ -94,19 +122,10 @@ class AnalyticSkeleton(Skeleton):
         return Calibration(per_run_us=self._roofline.run_us, band=self.profile.error_band)
 
     def _notes(self, table: PriceTable, formats: np.ndarray) -> tuple[str, ...]:
-        memory, found = self.profile.memory, []
         peak, size = float(table.peak_memory_bytes[0]), float(table.size_bytes[0])
-        needed, what = (peak, "activations and the engine") if memory.flash_bytes else (peak + size, "model and data")
-        if memory.ram_bytes is not None and needed > memory.ram_bytes:
-            found.append(
-                f"does not fit: {what} take {format_bytes(needed)} of RAM, {self.profile.name} has "
-                f"{format_bytes(memory.ram_bytes)}"
-            )
-        if memory.flash_bytes is not None and size > memory.flash_bytes:
-            found.append(
-                f"does not fit: the file takes {format_bytes(size)} of flash, {self.profile.name} has "
-                f"{format_bytes(memory.flash_bytes)}"
-            )
+        found = memory_notes(self.profile, peak, size)
+        if self.profile.floats_as is not None and any(self._formats[code].compute == "fp32" for code in formats):
+            found.append(stand_in_note(self.profile))
         hosted = [
             n for n, code in zip(self.layer_names, formats, strict=True) if self._variants[code].precision is None
         ]

@@ -9,17 +9,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from autocompress.hardware.kernels import FAMILIES, KINDS, Number, round_up
-from autocompress.hardware.lowering import ELEMENTWISE, VIEWS, Mask, Step
+from autocompress.hardware.kernels import FAMILIES, KINDS, LIGHT, VIEWS, Number, round_up
+from autocompress.hardware.lowering import Mask, Step
 from autocompress.hardware.profile import Precision
 from autocompress.hardware.roofline import WIDTH, Roofline, Variant, variant_of
 from autocompress.hardware.skeleton import Record
 from autocompress.methods.quantization import FOLLOWERS
 from autocompress.plan import LayerPlan, ModelGraph
 
-_KINDS = {
-    "GlobalAveragePool": "global_pool", "MaxPool": "pool", "AveragePool": "pool", "Concat": "concat", "Add": "add",
-}  # fmt: skip
+_POOLS = ("MaxPool", "AveragePool")
 
 
 class AnalyticLowering:
@@ -134,7 +132,7 @@ class AnalyticLowering:
             depthwise, grouped = False, False
             rows = self._elements(layer.outputs[0]) / result[-1]
             outputs, inner = result[-1], self.dims[source][-1]
-            name = "gemm" if layer.op == "Gemm" else "matmul"
+            name = "gemm" if layer.op == "Gemm" else "matmul" if step.weight else "attention"
         stored = outputs * inner if step.weight else 0.0
         read: Number = 0
         for tensor in layer.activations:
@@ -177,13 +175,16 @@ class AnalyticLowering:
         for tensor in layer.activations:
             int8 = int8 & self.held.get(tensor, self.none)
             read = read + self._elements(tensor)
-        written = self._elements(layer.outputs[0])
-        name = _KINDS.get(layer.op, "elementwise" if layer.op in ELEMENTWISE else "other")
+        written: Number = 0
+        for tensor in layer.outputs:
+            written = written + self._elements(tensor)
+        kinds = {"fp32": "pool_fp32" if layer.op in _POOLS else LIGHT.get(layer.op, "other_fp32")}
+        kinds["int8"] = kinds["fp32"].replace("fp32", "int8")
         for wanted, mask in (("int8", int8), ("fp32", ~int8)):
             if not mask.any():
                 continue
             precision = self.profile.executed(wanted)
-            kind = f"{name}_{wanted}" if f"{name}_{wanted}" in KINDS else "add_int8"
+            kind = kinds[wanted] if kinds[wanted] in KINDS else "add_int8"
             moved = (read + written) * (1.0 if wanted == "int8" else 4.0)
             if precision is None and self.profile.host is not None:
                 microseconds = self.roofline.host_us(read, moved)

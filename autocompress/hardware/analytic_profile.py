@@ -45,9 +45,10 @@ class Host(Value):
 
 
 class Published(Value):
-    """A latency that somebody measured on the device and published; no coefficient was fitted to it.
+    """A latency that somebody measured on the device and published.
 
-    ``model`` is named as torchvision names it, or described; ``runtime`` is what ran it there.
+    ``model`` is named as torchvision names it, or described; ``runtime`` is what ran it there.  ``used`` says that an
+    efficiency or a bandwidth was read off it, so that it proves nothing of the predictions.
     """
 
     model: str
@@ -57,7 +58,7 @@ class Published(Value):
     resolution: int | None = None
     runtime: str
     source: str
-    predicted_ms: Positive | None = None
+    used: bool = False
 
 
 class UserMeasurement(Value):
@@ -85,6 +86,7 @@ class AnalyticProfile(HardwareProfile):
         run_us: of every run.
         bit_rule: ``bitfusion``: an int8 layer whose weights have w bits is 8 / max(w, 2) times as fast, rounded down,
             and weights move as they are stored; ``none``: stored bits make a file smaller and nothing faster.
+        floats_as: the type that stands in for floats wider than any the device has (16-bit fixed point, say).
         host: what runs the layers that the device cannot; None: they are refused.
         scale_compute: what measurements of the user's own multiply computation and bytes with.
         scale_overhead: the same for ``launch_us`` and ``run_us``.
@@ -105,6 +107,7 @@ class AnalyticProfile(HardwareProfile):
     launch_us: float = Field(ge=0, le=1e6, allow_inf_nan=False)
     run_us: float = Field(ge=0, le=1e6, allow_inf_nan=False)
     bit_rule: Literal["none", "bitfusion"] = "none"
+    floats_as: Precision | None = None
     host: Host | None = None
     scale_compute: float = Field(default=1.0, ge=0, le=1e3, allow_inf_nan=False)
     scale_overhead: float = Field(default=1.0, ge=0, le=1e3, allow_inf_nan=False)
@@ -121,6 +124,8 @@ class AnalyticProfile(HardwareProfile):
         missing = [name for name in OP_CLASSES if name not in self.efficiency]
         if missing:
             raise ValueError(f"efficiency has no {', '.join(missing)}; it needs all of {', '.join(OP_CLASSES)}")
+        if self.floats_as is not None and self.floats_as not in self.peak_gmacs:
+            raise ValueError(f"floats_as is {self.floats_as}, which is none of precisions {sorted(self.precisions)}")
         *near, last = self.levels
         if last.capacity_bytes is not None or any(level.capacity_bytes is None for level in near):
             raise ValueError("levels: the last one, and only it, must be without capacity_bytes: it holds everything")
@@ -143,9 +148,10 @@ class AnalyticProfile(HardwareProfile):
         return self.model_copy(update={"threads": threads or self.threads, "batch": batch or self.batch})
 
     def executed(self, wanted: str) -> Precision | None:
-        """The narrowest type the device computes in that is as wide as what a layer is planned in; None: none is."""
+        """The narrowest type of the device that is as wide as what a layer is planned in, or that stands in for it."""
         start = WIDER.index(_BASE_TYPES.get(wanted, "fp32"))
-        return next((precision for precision in WIDER[start:] if precision in self.peak_gmacs), None)
+        wide_enough = (precision for precision in WIDER[start:] if precision in self.peak_gmacs)
+        return next(wide_enough, self.floats_as if start >= WIDER.index("fp16") else None)
 
     def gmacs(self, precision: Precision) -> float:
         """10^9 multiply-accumulates a second at the profile's threads."""

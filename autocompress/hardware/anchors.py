@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from autocompress.graph.rewrite import rewrite
+from autocompress.hardware.calibration import Observation
+from autocompress.hardware.reading import TimedKernel
 from autocompress.hardware.synthetic import INT8, random_weights, with_ranges
 from autocompress.methods.quantization import activation_formats
 from autocompress.plan import CompressionPlan, Group, LayerPlan, ModelGraph
@@ -83,7 +85,8 @@ def measure_plans(
     seed: int = 0,
     progress: Progress | None = None,
     runtime: str = DEFAULT_RUNTIME,
-) -> list[tuple[CompressionPlan, float, float]]:
+    block: int | None = None,
+) -> list[Observation]:
     """Exports plans with random weights and times them: what ``Skeleton.calibrate`` takes.
 
     Args:
@@ -97,11 +100,13 @@ def measure_plans(
         seed: of the random weights.
         progress: told how far it is.
         runtime: where they are timed.
+        block: channels that the runtime packs together (``FittedProfile.nchwc_block``), to time kernel by kernel too.
 
     Returns:
-        ``(plan, median latency in ms, bytes of the file)`` in the order given.
+        The observations in the order given.
     """
     from autocompress.export.onnx import write_onnx
+    from autocompress.hardware.profiling import profile_kernels
     from autocompress.runtime.timing import measure_latency
 
     rng = np.random.default_rng(seed)
@@ -118,4 +123,13 @@ def measure_plans(
         measured = measure_latency(
             paths, threads=threads, batch=batch, seconds_each=seconds_each, progress=progress, runtime=runtime
         )
-    return [(plan, measured[str(i)].median_ms, float(sizes[str(i)])) for i, plan in enumerate(plans)]
+        kernels: list[list[TimedKernel]] = [[] for _ in plans]
+        if block is not None:
+            kernels = profile_kernels(
+                [path.read_bytes() for path in paths.values()], block, threads=threads, batch=batch, runtime=runtime,
+                progress=progress,
+            )  # fmt: skip
+    return [
+        Observation(plan, measured[name].median_ms, float(sizes[name]), kernels[index])
+        for index, (plan, name) in enumerate(zip(plans, paths, strict=True))
+    ]

@@ -31,6 +31,7 @@ from autocompress.hardware.kernels import (
 )  # fmt: skip
 from autocompress.hardware.lowering import Emit, Lowering, Mask, quantized_tensors
 from autocompress.hardware.profile import FittedProfile, KernelCost
+from autocompress.hardware.profilers import noise_of
 from autocompress.hardware.refinement import LoweredKernel, Refinement, refine
 from autocompress.hardware.skeleton import Record, Skeleton, Terms
 from autocompress.methods.quantization import FOLLOWERS
@@ -90,6 +91,7 @@ class FittedSkeleton(Skeleton):
         super().__init__(graph, profile)
         coefficients, self._missing = _coefficients(profile.kernels)
         self._refinement = self._unrefined = Refinement(coefficients, {})
+        self._lowered: dict[str, list[LoweredKernel]] = {}
         self._memory = ActivationMemory(graph, self._steps)
 
     def _prior(self) -> Calibration:
@@ -116,6 +118,7 @@ class FittedSkeleton(Skeleton):
             self._ahead,
             self._unrefined.coefficients,
             self.profile.end_to_end,
+            noise_of(self.profile.runtime),
         )
         return _TRUST
 
@@ -132,6 +135,10 @@ class FittedSkeleton(Skeleton):
         return kernels
 
     def _kernels(self, plan: CompressionPlan) -> list[LoweredKernel]:
+        """The kernels of one plan, remembered: calibrating asks for the same few again and again."""
+        known = self._lowered.get(plan.structure_digest)
+        if known is not None:
+            return known
         found: list[LoweredKernel] = []
 
         def emit(label: str, kind: str, work: Work, mask: Mask, whole: bool) -> None:
@@ -140,6 +147,7 @@ class FittedSkeleton(Skeleton):
 
         keeps, formats = self.encode([plan])
         self._lower(keeps, formats, emit)
+        self._lowered[plan.structure_digest] = found
         return found
 
     def _lower(self, keeps: np.ndarray, formats: np.ndarray, emit: Emit) -> tuple[Dims, dict[str, Mask]]:

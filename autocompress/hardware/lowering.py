@@ -46,6 +46,9 @@ _FOLLOWER_KINDS = {
     "Sigmoid": ("curve_fp32", "curve_int8"), "LeakyRelu": ("elementwise_fp32", "curve_int8"),
     "Slice": ("concat_fp32", "concat_int8"), "Split": ("concat_fp32", "concat_int8"),
 }  # fmt: skip
+_LIFTED_OVER = frozenset({"Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+ELEMENTWISE = frozenset(op for op, kind in LIGHT.items() if kind in ("add_fp32", "elementwise_fp32"))
+POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool"})
 CHANNEL_STEP = 4
 """Input channels that are no multiple of this keep a float32 convolution out of the packed layout."""
 
@@ -165,7 +168,7 @@ def _lifted(graph: ModelGraph, held: Mapping[str, Mask]) -> dict[str, Mask]:
     """``held`` with what the optimizer adds: a quantizer is moved before what only changes its tensor's shape."""
     lifted = dict(held)
     for layer in reversed(graph.layers):
-        if (layer.op != "Transpose" and layer.op not in VIEWS) or not layer.activations or not layer.outputs:
+        if layer.op not in _LIFTED_OVER or not layer.activations or not layer.outputs:
             continue
         source, mask = layer.activations[0], lifted.get(layer.outputs[0])
         if mask is not None and len(graph.consumers[source]) == 1 and source not in graph.outputs:

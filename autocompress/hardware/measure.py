@@ -24,8 +24,9 @@ from autocompress.hardware.profile import (
     cpu_description,
     local_path,
 )
-from autocompress.hardware.profilers import noise_of, profiled
-from autocompress.hardware.reading import TimedKernel, packed_block
+from autocompress.hardware.profilers import noise_of
+from autocompress.hardware.profiling import profile_kernels
+from autocompress.hardware.reading import packed_block
 from autocompress.hardware.samples import Sample, choose_samples
 from autocompress.hardware.synthetic import GraphMaker, random_model
 from autocompress.progress import Progress, SilentProgress
@@ -36,9 +37,6 @@ from autocompress.runtime.timing import LatencyStats, measure_latency
 logger = logging.getLogger(__name__)
 
 _MODELS = 52
-_TURNS = 3
-_TURN_S = 0.02
-_LEAST_RUNS = 4
 _SECONDS_EACH = 0.12
 _REPEATED = 10
 _SEED = 20
@@ -100,7 +98,9 @@ def measure_profile(
     block = _detect_block(rng, threads, runtime)
     progress.stage("choose models", None)
     samples = choose_samples(models, rng, block, weight_only=runtime == DEFAULT_RUNTIME)
-    measured = _profile_kernels(samples, threads, batch, block, rng, progress, runtime)
+    measured = profile_kernels(
+        [sample.model for sample in samples], block, threads=threads, batch=batch, runtime=runtime, progress=progress
+    )
     latencies, again = _time_whole(samples, threads, batch, progress, runtime)
     results = [
         MeasuredModel(kernels, stats.median_ms * 1e3)
@@ -149,32 +149,6 @@ def _detect_block(rng: np.random.Generator, threads: int, runtime: str = DEFAULT
     make = GraphMaker()
     graph = make.build(make.conv(make.tensor("input", (3, 8, 8)), 4))
     return packed_block(optimized_graph(to_onnx(random_model(graph, {}, rng)).SerializeToString(), threads))
-
-
-def _profile_kernels(
-    samples: Sequence[Sample],
-    threads: int,
-    batch: int,
-    block: int,
-    rng: np.random.Generator,
-    progress: Progress,
-    runtime: str = DEFAULT_RUNTIME,
-) -> list[list[TimedKernel]]:
-    """Kernel times of every model; the models take turns, so a disturbance does not fall on one of them."""
-    progress.stage("profile kernels", _TURNS)
-    sessions = [
-        profiled(runtime, s.model, {"input": rng.random((batch, *s.input_shape), dtype=np.float32)}, threads)
-        for s in samples
-    ]
-    for _ in range(_TURNS):
-        for index in rng.permutation(len(sessions)):
-            # In one go: the first run of a turn pays for what the others left in the caches.
-            until, runs = time.perf_counter() + _TURN_S, 0
-            while runs < _LEAST_RUNS or time.perf_counter() < until:
-                sessions[index].run()
-                runs += 1
-        progress.advance()
-    return [session.finish(block) for session in sessions]
 
 
 def _time_whole(

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 
 from autocompress.errors import UsageError
-from autocompress.hardware.lowering import VIEWS
+from autocompress.hardware.kernels import VIEWS
 from autocompress.hardware.onnx_kernels import ExecutedGraph, ExecutedNode
 
 _SHARES_BUFFER = VIEWS - {"Shape"}

@@ -7,6 +7,7 @@ alone: its times are thrown away, so what is read here can be priced for any dev
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,10 +53,11 @@ class ExecutedNode:
     arguments: Mapping[str, Any]
 
     @property
-    def outputs(self) -> list[tuple[str, float, tuple[int, ...]]]:
-        """Name, bytes and shape of each output."""
+    def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Name, type and shape of each output."""
         names = [name for name in self.node.output if name]
-        return [(n, *_bytes_and_shape(e)) for n, e in zip(names, self.arguments["output_type_shape"], strict=False)]
+        entries = [next(iter(entry.items())) for entry in self.arguments["output_type_shape"]]
+        return [(name, kind, tuple(shape)) for name, (kind, shape) in zip(names, entries, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class ExecutedGraph:
         weights: the shape of every stored tensor.
         values: the shape of every tensor computed or given, by name.
         bytes: how much each of those takes.
+        types: the runtime's name of the type of each.
         inputs: names of the model's inputs.
         outputs: names of its outputs.
     """
@@ -74,6 +77,7 @@ class ExecutedGraph:
     weights: Mapping[str, tuple[int, ...]]
     values: Mapping[str, tuple[int, ...]]
     bytes: Mapping[str, float]
+    types: Mapping[str, str]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
@@ -143,15 +147,22 @@ def execute(
         model = onnx.load(target, load_external_data=False)
     nodes = tuple(_match(model.graph, _events(events)))
     values = {name: array.shape for name, array in feed.items()}
-    sizes: dict[str, float] = {name: float(array.nbytes) for name, array in feed.items()}
+    types = {given.name: given.type[len("tensor(") : -1] for given in session.get_inputs()}
+    weights = {i.name: tuple(i.dims) for graph in _graphs(model.graph) for i in graph.initializer}
     for executed in nodes:
-        for name, size, shape in executed.outputs:
-            values[name], sizes[name] = shape, size
+        read = executed.arguments["input_type_shape"]
+        # What a loop or a branch hands to the nodes in it is the output of none of them.
+        if read and executed.node.input[0] not in values and executed.node.input[0] not in weights:
+            kind, shape = next(iter(read[0].items()))
+            values[executed.node.input[0]], types[executed.node.input[0]] = tuple(shape), kind
+        for name, kind, shape in executed.outputs:
+            values[name], types[name] = shape, kind
     return ExecutedGraph(
         nodes=nodes,
-        weights={i.name: tuple(i.dims) for graph in _graphs(model.graph) for i in graph.initializer},
+        weights=weights,
         values=values,
-        bytes=sizes,
+        bytes={name: WIDTHS.get(kind, 4) * math.prod(values[name]) for name, kind in types.items()},
+        types=types,
         inputs=tuple(feed),
         outputs=tuple(output.name for output in model.graph.output),
     )
@@ -259,11 +270,6 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 yield from _graphs(attribute.g)
-
-
-def _bytes_and_shape(entry: Mapping[str, Sequence[int]]) -> tuple[float, tuple[int, ...]]:
-    kind, shape = next(iter(entry.items()))
-    return WIDTHS.get(kind, 4) * float(np.prod(shape, dtype=np.int64)), tuple(shape)
 
 
 def _first_line(error: Exception) -> str:

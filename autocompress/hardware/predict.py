@@ -6,34 +6,25 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
+
 from autocompress.errors import UsageError
 from autocompress.export.checkpoint import read_plan
-from autocompress.hardware.kernels import Work, conv_work, gemm_work, move_work
+from autocompress.hardware.analytic import memory_notes, stand_in_note
+from autocompress.hardware.analytic_profile import AnalyticProfile
 from autocompress.hardware.models import cost_model
-from autocompress.hardware.onnx_footprint import artifact_bytes, multiply_accumulates, node_macs, peak_activation_bytes
-from autocompress.hardware.onnx_kernels import (
-    AS_WRITTEN,
-    FUSED,
-    LAYOUTS,
-    ExecutedGraph,
-    ExecutedNode,
-    execute,
-    read_model,
-)
-from autocompress.hardware.profile import FittedProfile, HardwareProfile
-from autocompress.hardware.reading import describe
-from autocompress.plan import CompressionPlan, Estimate, Quantity, Source
-
-RUNTIME = "onnxruntime"
-
-OTHER = "other_fp32"
-"""The class of whatever operator ``reading.describe`` has no name for."""
+from autocompress.hardware.onnx_footprint import artifact_bytes, multiply_accumulates, peak_activation_bytes
+from autocompress.hardware.onnx_half import is_half
+from autocompress.hardware.onnx_kernels import AS_WRITTEN, FUSED, LAYOUTS, ExecutedGraph, execute, read_model
+from autocompress.hardware.onnx_works import OTHER, NodeWork, describe_node, for_another_device
+from autocompress.hardware.profile import Energy, FittedProfile, HardwareProfile, Precision
+from autocompress.hardware.skeleton import UNKNOWN_BAND, quantity
+from autocompress.plan import CompressionPlan, Estimate
 
 UNKNOWN_WIDENS = 1.5
 """How much wider the band on the latency is where any kernel is of a class never measured."""
@@ -132,91 +123,93 @@ def predict_onnx(path: Path, profile: HardwareProfile, *, dims: Mapping[str, int
 
 def predict_in_detail(path: Path, profile: HardwareProfile, *, dims: Mapping[str, int] | None = None) -> Prediction:
     """As :func:`predict_onnx`, with each kernel's class."""
-    if isinstance(profile, FittedProfile) and profile.runtime != RUNTIME:
-        raise UsageError(
-            f"profile {profile.name!r} is of runtime {profile.runtime!r}, whose kernels cannot be read from an ONNX "
-            f"file; give a profile of {RUNTIME}, or a plan.json"
-        )
     model = read_model(path)
     size = artifact_bytes(path, model)
-    measured = isinstance(profile, FittedProfile)
-    graph = execute(path, LAYOUTS if measured else FUSED, batch=profile.batch, dims=dims)
+    graph, works = _kernels(path, model, profile, dims or {})
     macs, uncounted = multiply_accumulates(execute(path, AS_WRITTEN, dims=dims))
-    works = [_describe(executed, graph, profile) for executed in graph.nodes]
-    kernels, extra = _price(graph, works, profile)
+    kernels, extra = _price(works, profile)
     latency = sum(kernel.latency_ms for kernel in kernels) + sum(extra.values())
     unknown = [kernel for kernel in kernels if not kernel.known]
     spread = _band(profile)
     if unknown:
         share = sum(kernel.latency_ms for kernel in unknown) / latency
         spread = max(spread * UNKNOWN_WIDENS, spread + UNKNOWN_SPREAD * share)
+    peak = peak_activation_bytes(graph) + profile.memory.engine_bytes
+    costs = {
+        "latency_ms": quantity(latency, spread, profile.kind),
+        "size_bytes": quantity(size, 0.0, "measured"),
+        "peak_memory_bytes": quantity(peak, 0.0, "analytic"),
+        "macs": quantity(macs, 0.0, "unknown" if uncounted else "analytic"),
+    }
+    if profile.energy is not None:
+        millijoules = _picojoules(works, profile, profile.energy) * 1e-9 + profile.energy.static_mw * latency * 1e-3
+        costs["energy_mj"] = quantity(millijoules, max(spread, UNKNOWN_BAND), "analytic")
     estimate = Estimate(
         target=profile.name,
-        costs={
-            "latency_ms": _quantity(latency, spread, "fitted" if measured else "analytic"),
-            "size_bytes": _quantity(size, 0.0, "measured"),
-            "peak_memory_bytes": _quantity(peak_activation_bytes(graph), 0.0, "analytic"),
-            "macs": _quantity(macs, 0.0, "unknown" if uncounted else "analytic"),
-        },
+        costs=costs,
         per_kernel=_by_name(kernels) | extra,
         unmodelled=(
-            *_counted(kernel.op if kernel.kind == OTHER else f"{kernel.op} as {kernel.kind}" for kernel in unknown),
+            *_counted(kernel.op if kernel.kind == OTHER else f"{kernel.op} ({kernel.kind})" for kernel in unknown),
             *_counted(f"multiply-accumulates of {op}" for op in uncounted),
         ),
+        notes=_notes(works, profile, peak, size),
     )
     return Prediction(estimate, profile, tuple(kernels))
 
 
-def _price(
-    graph: ExecutedGraph, works: Sequence[tuple[str, Work, bool]], profile: HardwareProfile
-) -> tuple[list[PricedKernel], dict[str, float]]:
+def _kernels(
+    path: Path, model: onnx.ModelProto, profile: HardwareProfile, dims: Mapping[str, int]
+) -> tuple[ExecutedGraph, list[NodeWork]]:
+    """A graph whose tensors tell the memory, and the kernels that the profile's runtime makes of the file."""
+    if not isinstance(profile, FittedProfile):
+        graph = execute(path, FUSED, batch=profile.batch, dims=dims)
+        return for_another_device(graph, half=is_half(model) and "fp16" in profile.precisions)
+    if profile.runtime == "onnxruntime":
+        graph = execute(path, LAYOUTS, batch=profile.batch, dims=dims)
+        return graph, [describe_node(executed, graph, profile.nchwc_block) for executed in graph.nodes]
+    if profile.runtime == "openvino":
+        from autocompress.hardware.onnx_openvino import openvino_works
+
+        graph = execute(path, FUSED, batch=profile.batch, dims=dims)
+        return graph, openvino_works(path, graph, profile)
+    raise UsageError(
+        f"profile {profile.name!r} is of runtime {profile.runtime!r}, whose kernels cannot be read from an ONNX file; "
+        "give a profile of onnxruntime or openvino, or a plan.json"
+    )
+
+
+def _price(works: Sequence[NodeWork], profile: HardwareProfile) -> tuple[list[PricedKernel], dict[str, float]]:
     """Each kernel's milliseconds, and those that belong to no kernel."""
     model = cost_model(profile)
     kernels = []
-    for executed, (kind, work, of_kind) in zip(graph.nodes, works, strict=True):
-        known = of_kind and (not isinstance(profile, FittedProfile) or kind in profile.kernels)
-        milliseconds = model.kernel_us(kind, work) * 1e-3
-        kernels.append(PricedKernel(executed.name, executed.node.op_type, kind, milliseconds, known))
-    weight_bytes = float(sum(float(work.weight_bytes) for _, work, _ in works))
+    for node in works:
+        known = node.known and (not isinstance(profile, FittedProfile) or node.kind in profile.kernels)
+        kernels.append(PricedKernel(node.name, node.op, node.kind, model.kernel_us(node.kind, node.work) * 1e-3, known))
     overhead = model.run_us(0.0)
-    cold = model.run_us(weight_bytes) - overhead
+    cold = model.run_us(sum(float(node.work.weight_bytes) for node in works)) - overhead
     return kernels, ({"cold weights": cold * 1e-3} if cold else {}) | {"overhead": overhead * 1e-3}
 
 
-def _describe(executed: ExecutedNode, graph: ExecutedGraph, profile: HardwareProfile) -> tuple[str, Work, bool]:
-    """The class and work of a kernel, and whether it is really of that class.
-
-    One of no known class is priced by what it does: as a convolution or matrix product where it multiplies, else by
-    the bytes it moves.
-    """
-    # A weight may be computed at run time, from integers for example: its shape is as good as a stored one's.
-    shapes = {**graph.values, **graph.weights}
-    block = profile.nchwc_block if isinstance(profile, FittedProfile) else 1
-    try:
-        kind, work = describe(executed.node, dict(executed.arguments), shapes, block)
-    except (KeyError, IndexError, ValueError):
-        kind = OTHER
-        read = sum(graph.bytes.get(name, 0.0) for name in executed.node.input)
-        work = move_work(read, sum(size for _, size, _ in executed.outputs))
-    if kind != OTHER:
-        return kind, work, True
-    return _stand_in(executed, graph, work)
+def _picojoules(works: Iterable[NodeWork], profile: HardwareProfile, energy: Energy) -> float:
+    """What the work itself takes, in the type that each kernel is executed in."""
+    widest = max(energy.pj_per_mac.values(), default=0.0)
+    total = 0.0
+    for node in works:
+        wanted: Precision = "int8" if "int8" in node.kind else "fp16" if "fp16" in node.kind else "fp32"
+        executed = profile.executed(wanted) if isinstance(profile, AnalyticProfile) else wanted
+        per_mac = widest if executed is None else energy.pj_per_mac.get(executed, widest)
+        work = node.work
+        moved = float(work.read_bytes) + float(work.written_bytes) + float(work.weight_bytes)
+        total += float(work.macs) * per_mac + moved * energy.pj_per_byte
+    return total
 
 
-def _stand_in(executed: ExecutedNode, graph: ExecutedGraph, moved: Work) -> tuple[str, Work, bool]:
-    """What prices an operator of no known class."""
-    macs = node_macs(executed, graph)
-    if not macs:
-        return OTHER, moved, False
-    op, out = executed.node.op_type, executed.outputs[0][2]
-    weight = graph.shape(executed.node.input[1]) if "Conv" in op else None
-    if weight:
-        window, positions = math.prod(weight[2:]), math.prod(out) // out[1]
-        inputs = max(1, macs // (positions * window * out[1]))
-        return "conv_plain_fp32", conv_work("conv_plain_fp32", positions, window, inputs, out[1], positions, 1), False
-    kind = "matmul_int8" if any(word in op for word in ("Integer", "Quant", "QLinear")) else "matmul_fp32"
-    rows = math.prod(out) // out[-1]
-    return kind, gemm_work(kind, rows, macs // (rows * out[-1]), out[-1]), False
+def _notes(works: Iterable[NodeWork], profile: HardwareProfile, peak: float, size: float) -> tuple[str, ...]:
+    notes = memory_notes(profile, peak, size)
+    floats = any("fp32" in node.kind and node.work.macs for node in works)
+    if isinstance(profile, AnalyticProfile) and profile.floats_as is not None and floats:
+        notes.append(stand_in_note(profile))
+    return tuple(notes)
 
 
 def _band(profile: HardwareProfile) -> float:
@@ -237,7 +230,3 @@ def _by_name(kernels: Iterable[PricedKernel]) -> dict[str, float]:
 def _counted(names: Iterable[str]) -> list[str]:
     """Each name once, with how often it occurs."""
     return [name if count == 1 else f"{name} x{count}" for name, count in Counter(names).items()]
-
-
-def _quantity(value: float, spread: float, source: Source) -> Quantity:
-    return Quantity(value=value, low=value * (1 - min(spread, 1.0)), high=value * (1 + spread), source=source)

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 PROFILE_VERSION: Literal[2] = 2
 LOCAL = "local"
 
-_REVISION = 3
+_REVISION = 4
 """Goes up with every change to what is measured or how it is fitted: profiles cached before are measured again."""
 
 ABSURD_US = 1e6
@@ -60,6 +60,7 @@ class KernelCost(Value):
     per_read_mb_us: Coefficient = 0.0
     per_written_mb_us: Coefficient = 0.0
     per_weight_mb_us: Coefficient = 0.0
+    per_far_mb_us: Coefficient = 0.0
     samples: int = Field(default=0, ge=0)
     mape: float = 0.0
 
@@ -68,7 +69,7 @@ class KernelCost(Value):
         """In the order of ``kernels.FEATURES``."""
         return (
             self.fixed_us, self.per_mmac_us, self.per_mtap_us, self.per_mpoint_us, self.per_mwindow_us,
-            self.per_read_mb_us, self.per_written_mb_us, self.per_weight_mb_us,
+            self.per_read_mb_us, self.per_written_mb_us, self.per_weight_mb_us, self.per_far_mb_us,
         )  # fmt: skip
 
     @classmethod
@@ -242,7 +243,7 @@ class HardwareProfile(Value):
                 "'autocompress profile'"
             ) from error
         if not isinstance(made, cls):
-            raise UsageError(f"hardware profile {path}: is {made.kind}, where a {cls.__name__} is needed")
+            raise UsageError(f"hardware profile {path}: is {made.kind}, where another kind is needed ({cls.__name__})")
         return made, edited
 
 
@@ -318,19 +319,25 @@ def differences(profile: FittedProfile) -> list[ProfileCheck]:
     if here != made_on:
         detail = f"measured on another processor ({made_on}; here: {here})"
         found.append(ProfileCheck(name="processor", level="warning", detail=detail, remedy=again))
-    try:
-        installed = version(profile.runtime)
-    except PackageNotFoundError:
+    installed = _installed(profile.runtime)
+    if installed is None:
         detail, remedy = f"its runtime {profile.runtime} is not installed here", f"install {profile.runtime}"
         found.append(ProfileCheck(name="runtime", level="warning", detail=detail, remedy=remedy))
-    else:
-        if installed != profile.runtime_version:
-            detail = f"measured with {profile.runtime} {profile.runtime_version}; installed: {installed}"
-            remedy = (
-                f"measure again with 'autocompress profile', or install {profile.runtime}=={profile.runtime_version}"
-            )
-            found.append(ProfileCheck(name="runtime", level="warning", detail=detail, remedy=remedy))
+    elif installed != profile.runtime_version:
+        detail = f"measured with {profile.runtime} {profile.runtime_version}; installed: {installed}"
+        remedy = f"measure again with 'autocompress profile', or install {profile.runtime}=={profile.runtime_version}"
+        found.append(ProfileCheck(name="runtime", level="warning", detail=detail, remedy=remedy))
     return found
+
+
+def _installed(runtime: str) -> str | None:
+    """The version of a runtime here, whichever of its packages it came with."""
+    for package in (runtime, f"{runtime}-gpu"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return None
 
 
 def refuse_threads(threads: int, hardware: str) -> None:

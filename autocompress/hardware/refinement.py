@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autocompress.hardware.fitting import MeasuredModel, PriorKernel, fit_kernels
+from autocompress.hardware.fitting import ONNXRUNTIME, MeasuredModel, Noise, PriorKernel, fit_kernels
 from autocompress.hardware.kernels import Number, Work, cost_us
 from autocompress.hardware.profile import EndToEnd
 
@@ -79,6 +79,7 @@ def refine(
     ahead: Sequence[LoweredKernel],
     coefficients: Coefficients,
     end: EndToEnd,
+    noise: Noise = ONNXRUNTIME,
     seed: int = 0,
 ) -> Refinement:
     """Corrects kernel costs with the anchors of one model.
@@ -90,6 +91,7 @@ def refine(
             observations too, so that what no anchor shows keeps its price.
         coefficients: the device's costs of every class.
         end: how the device's runs follow from its kernels.
+        noise: what the kernels' times are worth.
         seed: of the choice among ``ahead``.
     """
     rng = np.random.default_rng(seed)
@@ -102,21 +104,21 @@ def refine(
         for index in rng.permutation(len(found))[:PRIORS_EACH]:
             work = found[index].work
             priors.append(PriorKernel(kind, work, float(cost_us(coefficients[kind], work))))
-    fit = fit_kernels(anchors, end.cache_mb, priors)
+    fit = fit_kernels(anchors, end.cache_mb, priors, noise)
     refined = {**coefficients, **{kind: cost.coefficients for kind, cost in fit.kernels.items()}}
     ratios: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for anchor, kernels in zip(anchors, lowered, strict=True):
         timed: dict[tuple[object, ...], list[float]] = defaultdict(list)
-        for kernel in anchor.kernels:
-            net = max(kernel.microseconds - fit.timing_us.get(kernel.kind, 0.0), 0.3)
-            timed[LoweredKernel("", kernel.kind, kernel.work).signature].append(net)
+        for seen in anchor.kernels:
+            net = max(seen.microseconds - fit.timing_us.get(seen.kind, 0.0), 0.3)
+            timed[LoweredKernel("", seen.kind, seen.work).signature].append(net)
         for kernel in kernels:
             own = timed.get(kernel.signature) if kernel.work.macs else None
             predicted = float(cost_us(refined[kernel.kind], kernel.work))
             if own and predicted > 1.0:
-                seen = (float(np.log(kernel.work.macs)), float(np.log(np.mean(own) / predicted)))
-                ratios[kernel.label, kernel.kind].append(seen)
-    return Refinement(refined, {place: _factor(seen) for place, seen in ratios.items()})
+                ratio = (float(np.log(kernel.work.macs)), float(np.log(np.mean(own) / predicted)))
+                ratios[kernel.label, kernel.kind].append(ratio)
+    return Refinement(refined, {place: _factor(logs) for place, logs in ratios.items()})
 
 
 def _factor(seen: Sequence[tuple[float, float]]) -> Factor:

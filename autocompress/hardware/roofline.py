@@ -119,7 +119,14 @@ def op_class_of(kind: str) -> OpClass:
         return "depthwise"
     if kind.startswith(("conv", "pointwise")):
         return "conv"
-    return "gemm" if kind.startswith(("gemm", "matmul")) else "elementwise"
+    return "gemm" if kind.startswith(("gemm", "matmul", "attention")) else "elementwise"
+
+
+def type_of(kind: str) -> str:
+    """The type a kernel class computes in; weights of few bits are unpacked to int8 where the kernel is a fast one."""
+    if "int8" in kind or kind in ("matmul_nbits", "quantize_dynamic"):
+        return "int8"
+    return "fp16" if "fp16" in kind else "fp32"
 
 
 def refusal(profile: AnalyticProfile, layers: list[str], wanted: str) -> UsageError:

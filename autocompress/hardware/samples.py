@@ -13,6 +13,7 @@ from autocompress.hardware.synthetic import (
     encoder_net,
     heavy_net,
     inverted_net,
+    joined_net,
     odd_net,
     plain_net,
     random_formats,
@@ -49,7 +50,10 @@ every kind up to those of large networks, where weights no longer fit the caches
 _STYLES = ("fp32", "int8", "mixed", "runs")
 _CANDIDATES_EACH = 2
 
-_HEAVY = ((512, 1, "fp32"), (512, 2, "fp32"), (512, 4, "fp32"), (512, 2, "int8"), (512, 5, "int8"))
+_HEAVY = (
+    (512, 1, "fp32"), (512, 2, "fp32"), (512, 3, "fp32"), (512, 4, "fp32"), (512, 2, "int8"), (512, 3, "int8"),
+    (512, 5, "int8"),
+)  # fmt: skip
 """Channels, depth and format of the models that show what weights beyond the caches cost."""
 
 _WEIGHT_ONLY = (
@@ -57,6 +61,9 @@ _WEIGHT_ONLY = (
     ("4 bits", 1), ("2 bits", 4), ("2 bits", 1), ("slow", 4), ("slow", 1),
 )  # fmt: skip
 """What the weights of a network of matrix products are held in, and its tokens; ``slow``: 4 bits computed in float."""
+
+_FOREIGN = (16, 64, 128)
+"""Tokens of networks with kernels that this project's own exports do not bring about, but other files do."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +92,9 @@ def choose_samples(count: int, rng: np.random.Generator, block: int, weight_only
     for channels, depth, style in _HEAVY:
         graph = heavy_net(channels, depth)
         samples.append(_sample(graph, random_formats(graph, rng, style), rng))
-    for style, tokens in _WEIGHT_ONLY if weight_only else ():
-        graph = token_net(rng, tokens, (128, 384))
+    few_bits = [(*kind, widths) for widths in ((64, 128), (192, 384)) for kind in _WEIGHT_ONLY]
+    for style, tokens, widths in few_bits if weight_only else ():
+        graph = token_net(rng, tokens, widths)
         made = to_onnx(random_model(graph, {}, rng))
         if style == "dynamic":
             made = dynamic_products(made)
@@ -94,6 +102,11 @@ def choose_samples(count: int, rng: np.random.Generator, block: int, weight_only
             bits = 4 if style == "slow" else int(style[0])
             made = few_bits_products(made, bits, accuracy_level=0 if style == "slow" else 4)
         samples.append(Sample(graph, made.SerializeToString(), graph.tensors["input"].shape))
+    for tokens in _FOREIGN if weight_only else ():
+        graph = encoder_net(rng, tokens, (64, 256))
+        dynamic = dynamic_products(to_onnx(random_model(graph, {}, rng)))
+        samples.append(Sample(graph, dynamic.SerializeToString(), graph.tensors["input"].shape))
+        samples.append(_sample(joined_net(rng, tokens, (64, 256)), {}, rng))
     return samples
 
 

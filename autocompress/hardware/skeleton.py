@@ -240,13 +240,13 @@ class Skeleton(ABC):
         per_kernel["overhead"] = latency - sum(per_kernel.values())
         spread = fit.band if not unmodelled else max(fit.band, UNKNOWN_BAND)
         costs = {
-            "latency_ms": _quantity(latency, spread, self.source),
-            "size_bytes": _quantity(float(table.size_bytes[0]), fit.size_band, "fitted"),
-            "peak_memory_bytes": _quantity(float(table.peak_memory_bytes[0]), 0.0, "analytic"),
-            "macs": _quantity(float(table.macs[0]), 0.0, "analytic"),
+            "latency_ms": quantity(latency, spread, self.source),
+            "size_bytes": quantity(float(table.size_bytes[0]), fit.size_band, "fitted"),
+            "peak_memory_bytes": quantity(float(table.peak_memory_bytes[0]), 0.0, "analytic"),
+            "macs": quantity(float(table.macs[0]), 0.0, "analytic"),
         }
         if table.energy_mj is not None:
-            costs["energy_mj"] = _quantity(float(table.energy_mj[0]), max(spread, UNKNOWN_BAND), "analytic")
+            costs["energy_mj"] = quantity(float(table.energy_mj[0]), max(spread, UNKNOWN_BAND), "analytic")
         return Estimate(
             target=self.profile.name,
             costs=costs,
@@ -350,7 +350,10 @@ def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
     return np.concatenate(known) if len(known) == len(parts) else None
 
 
-def _quantity(value: float, spread: float, source: Source) -> Quantity:
-    """``spread`` is a fraction; that of an analytic value is a factor, which a value may be off by both ways."""
+def quantity(value: float, spread: float, source: Source) -> Quantity:
+    """A value with its bounds.
+
+    ``spread`` is a fraction; that of an analytic value is a factor, which a value may be off by both ways.
+    """
     low = value / (1 + spread) if source == "analytic" else value * (1 - min(spread, 1.0))
     return Quantity(value=value, low=low, high=value * (1 + spread), source=source)

@@ -33,7 +33,7 @@ def row_scales(weight: torch.Tensor, bits: int) -> torch.Tensor:
     if bits >= 8:
         return largest / high
     count = max(1, CHUNK // max(weight.shape[1], 1))
-    parts = zip(weight.split(count), largest.split(count), strict=True)
+    parts = zip(torch.split(weight, count), torch.split(largest, count), strict=True)
     return torch.cat([_least_error(rows, extremes, low, high) for rows, extremes in parts])
 
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from autocompress.cli import app
 from tests.e2e.conftest import Run
 from tests.e2e.tools import CommandLine
-from tests.unit.test_hardware_cost import make_profile
-from tests.unit.test_hardware_predict import conv_net, odd, token_net
+from tests.fixtures.onnx_files import conv_net, odd, token_net
+from tests.fixtures.search import make_profile
 
 MEASURING_S = 5.0
 """After so long a profile is being measured: starting takes less, measuring several times more."""
@@ -53,7 +53,7 @@ def test_predict_shows_costs_and_the_slowest_kernels(made: Path, tmp_path: Path)
     assert code == 0
     for said in ("predicted, not measured", "latency", "size on disk", "peak activations", "slowest of", "the rest"):
         assert said in out
-    assert "overhead" in out
+    assert "Conv as conv_few_fp32" in out
 
 
 def test_predict_json(made: Path, tmp_path: Path) -> None:
@@ -110,6 +110,48 @@ def test_an_interrupted_profile_leaves_the_old_one(local: Path, cli: CommandLine
     assert [path.read_bytes() for path in cached] == before
 
 
+def test_check_tells_what_can_be_relied_on(made: Path, tmp_path: Path) -> None:
+    code, out, _ = call("profile", "--check", made)
+    assert code == 0
+    assert "measured on another processor" in out
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(
+        made.read_text(encoding="utf-8").replace("per_mmac_us: 8.0", "per_mmac_us: -8.0"), encoding="utf-8"
+    )
+    code, out, _ = call("profile", "--check", broken, "--json")
+    assert code == 1
+    (fault,) = [check for check in json.loads(out) if check["level"] == "error"]
+    assert "per_mmac_us" in fault["detail"]
+    assert fault["remedy"]
+
+
+def test_the_schema_is_that_of_the_shipped_profiles() -> None:
+    code, out, _ = call("profile", "--schema")
+    assert code == 0
+    assert {"FittedProfile", "AnalyticProfile"} <= set(json.loads(out)["$defs"])
+
+
+def test_two_measurements_rescale_a_device(tmp_path: Path) -> None:
+    """The device turns out three times as slow as its figures say: its profile then says so too."""
+    paths = [conv_net(tmp_path / "c.onnx"), token_net(tmp_path / "t.onnx", tokens=4000)]
+
+    def latency(path: Path, hardware: object) -> float:
+        return float(
+            json.loads(call("predict", path, "--hardware", hardware, "--json")[1])["costs"]["latency_ms"]["value"]
+        )
+
+    before = [latency(path, "raspberry-pi-5") for path in paths]
+    rows = [{"model": path.name, "latency_ms": 3 * ms} for path, ms in zip(paths, before, strict=True)]
+    (tmp_path / "measured.yaml").write_text(yaml.safe_dump(rows), encoding="utf-8")
+    mine = tmp_path / "mine.yaml"
+    code, out, _ = call(
+        "profile", "--calibrate", tmp_path / "measured.yaml", "--hardware", "raspberry-pi-5", "--out", mine
+    )
+    assert code == 0
+    assert f"stored: {mine}" in out
+    assert [latency(path, mine) for path in paths] == pytest.approx([3 * ms for ms in before], rel=0.05)
+
+
 # ----------------------------------------------------------------------------------------------------- bad input
 
 
@@ -131,9 +173,11 @@ def test_an_interrupted_profile_leaves_the_old_one(local: Path, cli: CommandLine
         (("profile", "--runtime", "tensorrt"), "unknown runtime 'tensorrt'"),
         (("profile", "--out", "nowhere/here.yaml"), "no folder 'nowhere'"),
         (("profile", "--out", "."), "is a folder"),
-        (("profile", "--check", "empty.yaml"), "expected a mapping"),
+        (("profile", "--check", "none.yaml"), "--check: no such file: 'none.yaml'"),
         (("profile", "--check", "made.yaml", "--schema"), "give one of them"),
         (("profile", "--calibrate", "made.yaml"), "--calibrate needs --hardware"),
+        (("profile", "--hardware", "made.yaml"), "--hardware says what --calibrate starts from"),
+        (("profile", "--calibrate", "list.yaml", "--hardware", "h100", "--out", "o.yaml"), "expected a list of {model"),
     ],
 )
 def test_bad_input_exits_2_and_says_why(

@@ -13,14 +13,17 @@ from autocompress.export.onnx import to_onnx
 from autocompress.hardware import measure
 from autocompress.hardware.anchors import anchor_plans, measure_plans
 from autocompress.hardware.cost import FittedCostModel
+from autocompress.hardware.coverage import lowered_kernels
 from autocompress.hardware.fitting import MeasuredModel, fit_kernels, hold_out
 from autocompress.hardware.kernels import KINDS, Work, conv_work, cost_us, round_up
-from autocompress.hardware.lowering import Lowering, Mask, make_steps, quantized_tensors
+from autocompress.hardware.lowering import make_steps, quantized_tensors
 from autocompress.hardware.profile import HardwareProfile, KernelCost
-from autocompress.hardware.reading import ProfiledSession, TimedKernel
+from autocompress.hardware.profiling import profile_kernels
+from autocompress.hardware.reading import TimedKernel
 from autocompress.hardware.synthetic import (
     INT8,
     GraphMaker,
+    encoder_net,
     inverted_net,
     odd_net,
     plain_net,
@@ -30,48 +33,28 @@ from autocompress.hardware.synthetic import (
     token_net,
 )
 from autocompress.methods.quantization import activation_formats
-from autocompress.plan import CompressionPlan, Group, LayerPlan, Member, ModelGraph
+from autocompress.plan import CompressionPlan, Group, Member, ModelGraph
 from autocompress.runtime import timing
 
-NETS = (residual_net, inverted_net, plain_net, odd_net, token_net)
+NETS = (residual_net, inverted_net, plain_net, odd_net, token_net, encoder_net)
 
 
 @pytest.fixture(scope="module")
 def block() -> int:
     """Channels that this machine's runtime packs together."""
-    return measure._detect_block(np.random.default_rng(0), 1)
-
-
-def lowered(graph: ModelGraph, layers: dict[str, LayerPlan], block: int) -> list[tuple[str, Work]]:
-    steps = make_steps(graph)
-    int8 = {layer.name: np.array([layer.name in layers]) for layer in graph.compressible}
-    found: list[tuple[str, Work]] = []
-
-    def emit(_: str, kind: str, work: Work, mask: Mask, whole: bool) -> None:
-        if mask.any() and whole:
-            found.append((kind, work))
-
-    dims = {name: tensor.shape for name, tensor in graph.tensors.items()}
-    held = quantized_tensors(graph, steps, int8, 1)
-    Lowering(graph, steps, dims, int8, held, 1, block, 1, emit).run()
-    return found
+    return measure._detect_block(np.random.default_rng(0), 1, "onnxruntime")
 
 
 @pytest.mark.parametrize("style", ["fp32", "int8", "mixed", "runs"])
 @pytest.mark.parametrize("net", NETS)
 def test_lowering_predicts_the_kernels_that_run(net: Callable[..., ModelGraph], style: str, block: int) -> None:
     rng = np.random.default_rng(4)
-    graph = net(rng, 16, (18, 48))
+    for _ in range(3):
+        # The third of the inverted nets has gates.
+        graph = net(rng, 16, (18, 48))
     layers = random_formats(graph, rng, style)
-    session = ProfiledSession(
-        to_onnx(random_model(graph, layers, rng)).SerializeToString(),
-        {"input": rng.random((1, *graph.tensors["input"].shape), dtype=np.float32)},
-        threads=1,
-    )
-    for _ in range(2):
-        session.run()
-    executed = session.finish(block)
-    predicted = lowered(graph, layers, block)
+    (executed,) = profile_kernels([to_onnx(random_model(graph, layers, rng)).SerializeToString()], block)
+    predicted = [(kind, work) for _, kind, work in lowered_kernels(graph, layers, block, 1)]
     assert all(kernel.microseconds >= 0 for kernel in executed)
 
     def heavy(kernels: list[tuple[str, Work]]) -> Counter[tuple[str, int, int]]:
@@ -109,6 +92,7 @@ def test_rounding_and_padding() -> None:
     assert conv_work("conv_fp32", 100, 9, 16, 80, 100, 16).points == 200, "80 channels take two passes"
     assert conv_work("conv_plain_fp32", 1, 1, 5, 7, 1, 16).macs == 35
     assert conv_work("depthwise_int8", 10, 9, 1, 24, 10, 16).macs == 10 * 9 * 32
+    assert conv_work("depthwise_plain_int8", 10, 9, 1, 20, 10, 16).taps == 10 * 9 * 4, "4 channels off the grid of 8"
 
 
 def test_fit_recovers_costs_through_the_cost_of_timing() -> None:
@@ -165,7 +149,6 @@ def test_anchor_plans_cover_types_and_keep_to_the_grid() -> None:
 
 def test_a_quick_profile_prices_what_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything from timing to calibration runs; how exact it is, is for the benchmarks."""
-    monkeypatch.setattr(measure, "_ROUNDS", 2)
     monkeypatch.setattr(measure, "_SECONDS_EACH", 0.01)
     monkeypatch.setattr(timing, "WINDOW_S", 0.002)
     profile = measure.measure_profile(models=7)
@@ -174,10 +157,11 @@ def test_a_quick_profile_prices_what_it_measures(tmp_path: Path, monkeypatch: py
     assert profile.holdout.models == 7
     graph = grouped_graph()
     plans = anchor_plans(graph, count=4)
-    observations = measure_plans(graph, plans, seconds_each=0.02)
+    observations = measure_plans(graph, plans, seconds_each=0.02, block=profile.nchwc_block)
+    assert all(observation.kernels for observation in observations)
     skeleton = FittedCostModel(profile).lower(graph)
     skeleton.calibrate(observations)
     table = skeleton.price(plans)
-    sizes = np.array([size for _, _, size in observations])
+    sizes = np.array([observation.size_bytes for observation in observations])
     assert np.abs(table.size_bytes / sizes - 1).max() < 0.02
     assert (table.latency_ms > 0).all()

@@ -3,84 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
 
 from autocompress.errors import UsageError
+from autocompress.hardware.analytic_profile import AnalyticProfile
 from autocompress.hardware.predict import predict_in_detail, predict_onnx
 from autocompress.plan import Estimate
-from tests.unit.test_hardware_cost import make_profile
-
-Shape = Sequence[int | str]
-RNG = np.random.default_rng(0)
-
-
-def save(
-    path: Path,
-    nodes: Sequence[onnx.NodeProto],
-    inputs: dict[str, Shape],
-    outputs: Sequence[str],
-    weights: dict[str, np.ndarray] | None = None,
-    dtype: int = TensorProto.FLOAT,
-) -> Path:
-    graph = helper.make_graph(
-        list(nodes),
-        "made",
-        [helper.make_tensor_value_info(name, dtype, shape) for name, shape in inputs.items()],
-        [helper.make_tensor_value_info(name, dtype, None) for name in outputs],
-        [numpy_helper.from_array(value, name) for name, value in (weights or {}).items()],
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
-    return path
-
-
-def normal(*shape: int) -> np.ndarray:
-    return RNG.standard_normal(shape).astype(np.float32)
-
-
-def conv_net(path: Path) -> Path:
-    """A convolution of 3 to 8 channels on 16 x 16, a Relu, and a classifier."""
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["c"], "first", pads=[1, 1, 1, 1], strides=[2, 2]),
-        helper.make_node("Relu", ["c"], ["r"], "relu"),
-        helper.make_node("GlobalAveragePool", ["r"], ["p"], "pool"),
-        helper.make_node("Flatten", ["p"], ["f"], "flat"),
-        helper.make_node("Gemm", ["f", "m", "b"], ["y"], "last", transB=1),
-    ]
-    weights = {"w": normal(8, 3, 3, 3), "m": normal(10, 8), "b": normal(10)}
-    return save(path, nodes, {"x": ["N", 3, 16, 16]}, ["y"], weights)
-
-
-def token_net(path: Path, tokens: int | str = 6) -> Path:
-    """Two products with a matrix, 64 to 128 to 64 features, over tokens."""
-    nodes = [
-        helper.make_node("MatMul", ["x", "a"], ["h"], "up"),
-        helper.make_node("Relu", ["h"], ["r"], "relu"),
-        helper.make_node("MatMul", ["r", "b"], ["y"], "down"),
-    ]
-    return save(path, nodes, {"x": ["N", tokens, 64]}, ["y"], {"a": normal(64, 128), "b": normal(128, 64)})
-
-
-def chain(path: Path, branch: bool = False) -> Path:
-    """Sigmoids that the runtime cannot fuse, on 4 x 100 numbers; with a branch, the first result waits for an Add."""
-    nodes = [
-        helper.make_node("Sigmoid", ["x"], ["a"]),
-        helper.make_node("Reshape", ["a", "shape"], ["v"]),
-        helper.make_node("Sigmoid", ["v"], ["b"]),
-        helper.make_node("Sigmoid", ["b"], ["c"]),
-    ]
-    if branch:
-        nodes.append(helper.make_node("Add", ["c", "v"], ["y"]))
-    else:
-        nodes.append(helper.make_node("Sigmoid", ["c"], ["y"]))
-    return save(path, nodes, {"x": [4, 100]}, ["y"], {"shape": np.array([100, 4])})
+from tests.fixtures.onnx_files import chain, conv_net, four_bits, normal, odd, save, token_net
+from tests.fixtures.search import make_profile
 
 
 def cost(path: Path, name: str, batch: int = 1) -> float:
@@ -108,7 +44,7 @@ def test_peak_memory_by_hand(tmp_path: Path) -> None:
 def test_latency_is_the_sum_of_what_the_profile_says_of_each_kernel(tmp_path: Path) -> None:
     prediction = predict_in_detail(token_net(tmp_path / "t.onnx"), make_profile())
     products = [kernel for kernel in prediction.kernels if kernel.kind == "matmul_fp32"]
-    # 1 us and 8 us a million multiply-accumulates each (tests.unit.test_hardware_cost.make_profile).
+    # 1 us and 8 us a million multiply-accumulates each (tests.fixtures.search.make_profile).
     assert [kernel.latency_ms for kernel in products] == pytest.approx([1e-3 * (1 + 8 * 6 * 64 * 128 * 1e-6)] * 2)
     estimate = prediction.estimate
     assert sum(estimate.per_kernel.values()) == pytest.approx(estimate.costs["latency_ms"].value)
@@ -120,6 +56,44 @@ def test_a_batch_makes_the_work_larger(tmp_path: Path) -> None:
     path = token_net(tmp_path / "t.onnx")
     assert cost(path, "latency_ms", batch=64) > 10 * cost(path, "latency_ms")
     assert cost(path, "peak_memory_bytes", batch=64) == 64 * cost(path, "peak_memory_bytes")
+
+
+def test_several_inputs_of_token_numbers(tmp_path: Path) -> None:
+    """Rows of a table of 30 chosen by number, masked, and multiplied: 10 tokens of 16 features to 8."""
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["h"]),
+        helper.make_node("Cast", ["mask"], ["m"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["m", "last"], ["u"]),
+        helper.make_node("Mul", ["h", "u"], ["masked"]),
+        helper.make_node("MatMul", ["masked", "w"], ["y"]),
+    ]
+    weights = {"table": normal(30, 16), "w": normal(16, 8), "last": np.array([2])}
+    inputs = {"ids": ("B", "S"), "mask": ("B", "S")}
+    path = save(tmp_path / "ids.onnx", nodes, inputs, ["y"], weights, given=TensorProto.INT64)
+    costs = predict_onnx(path, make_profile(), dims={"S": 10}).costs
+    assert costs["macs"].value == 10 * 16 * 8
+
+
+def test_what_a_loop_repeats_is_paid_each_time(tmp_path: Path) -> None:
+    rows = helper.make_tensor_value_info("s", TensorProto.FLOAT, [4, 16])
+    body = helper.make_graph(
+        [helper.make_node("MatMul", ["s", "w"], ["o"], "inside"), helper.make_node("Identity", ["c"], ["go"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("c", TensorProto.BOOL, []),
+            rows,
+        ],
+        [
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("o", TensorProto.FLOAT, [4, 16]),
+        ],
+    )
+    loop = helper.make_node("Loop", ["n", "", "x"], ["y"], "loop", body=body)
+    path = save(tmp_path / "l.onnx", [loop], {"x": [4, 16]}, ["y"], {"n": np.array(5), "w": normal(16, 16)})
+    estimate = predict_onnx(path, make_profile())
+    assert estimate.costs["macs"].value == 5 * 4 * 16 * 16
+    assert estimate.per_kernel["inside"] == pytest.approx(5e-3 * (1 + 8 * 4 * 16 * 16 * 1e-6))
 
 
 def test_size_is_that_of_every_file(tmp_path: Path) -> None:
@@ -179,16 +153,6 @@ def test_float16(tmp_path: Path) -> None:
     assert {"up", "gate"} <= set(predict_onnx(path, make_profile()).per_kernel)
 
 
-def four_bits(path: Path, rows: int = 6, inputs: int = 64, outputs: int = 128) -> Path:
-    """A product with a matrix kept in 4 bits, in blocks of 32."""
-    blocks = inputs // 32
-    packed = RNG.integers(0, 256, (outputs, blocks, 16), dtype=np.uint8)
-    node = helper.make_node(
-        "MatMulNBits", ["x", "q", "s"], ["y"], "up", domain="com.microsoft", K=inputs, N=outputs, bits=4, block_size=32
-    )
-    return save(path, [node], {"x": [rows, inputs]}, ["y"], {"q": packed, "s": normal(outputs * blocks)})
-
-
 def test_four_bit_weights(tmp_path: Path) -> None:
     path = four_bits(tmp_path / "n.onnx")
     assert cost(path, "macs") == 6 * 64 * 128
@@ -196,12 +160,76 @@ def test_four_bit_weights(tmp_path: Path) -> None:
     assert cost(long, "latency_ms") > 1e-3 * 6000 * 64 * 128 * 1e-6, "priced by its work, at 1 us a million"
 
 
+# ------------------------------------------------------------------------------------------- a device elsewhere
+
+
+def device(**changes: object) -> AnalyticProfile:
+    """1, 2 and 4 10^9 multiply-accumulates a second in float32, float16 and int8, and memory that is never slower."""
+    fields = {
+        "name": "elsewhere",
+        "threads": 1,
+        "batch": 1,
+        "precisions": ("fp32", "fp16", "int8"),
+        "peak_gmacs": {"fp32": 1.0, "fp16": 2.0, "int8": 4.0},
+        "efficiency": {name: {"fp32": 1.0} for name in ("conv", "depthwise", "gemm", "elementwise")},
+        "levels": [{"name": "DRAM", "gb_per_s": 1e6}],
+        "launch_us": 3.0,
+        "run_us": 7.0,
+        "error_band": 0.4,
+        "sources": {"peak_gmacs": "made up"},
+    }
+    return AnalyticProfile.model_validate({**fields, **changes})
+
+
+def test_a_roofline_by_hand(tmp_path: Path) -> None:
+    path = conv_net(tmp_path / "c.onnx")
+    estimate = predict_onnx(path, device())
+    kernels = {name: value for name, value in estimate.per_kernel.items() if name != "overhead"}
+    # The convolution with the Relu in it and 13,824 products at 1 a nanosecond, on no grid of this machine's.
+    assert max(kernels.values()) == pytest.approx(1e-3 * (3 + 8 * 8 * 8 * 27 * 1e-3))
+    assert estimate.per_kernel["overhead"] == pytest.approx(7e-3)
+    latency = estimate.costs["latency_ms"]
+    assert latency.source == "analytic"
+    assert latency.high == pytest.approx(1.4 * latency.value)
+
+
+def test_a_device_with_float16_computes_in_it(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "a"], ["h"], "up"), helper.make_node("Sigmoid", ["h"], ["y"], "gate")]
+    weights = {"a": normal(64, 128).astype(np.float16)}
+    path = save(tmp_path / "h.onnx", nodes, {"x": [600, 64]}, ["y"], weights, TensorProto.FLOAT16)
+    prediction = predict_in_detail(path, device())
+    assert [kernel.op for kernel in prediction.kernels] == ["MatMul", "Sigmoid"], "no conversions of this machine's"
+    assert prediction.kernels[0].latency_ms == pytest.approx(1e-3 * (3 + 600 * 64 * 128 / 2 * 1e-3))
+    assert prediction.estimate.costs["peak_memory_bytes"].value == 2 * 2 * 600 * 128
+
+
+def test_energy_by_hand(tmp_path: Path) -> None:
+    energy = {"pj_per_mac": {"fp32": 5.0}, "static_mw": 100.0}
+    costs = predict_onnx(token_net(tmp_path / "t.onnx"), device(energy=energy)).costs
+    expected = 5.0 * 2 * 6 * 64 * 128 * 1e-9 + 100.0 * costs["latency_ms"].value * 1e-3
+    assert costs["energy_mj"].value == pytest.approx(expected)
+    assert "energy_mj" not in predict_onnx(tmp_path / "t.onnx", device()).costs
+
+
+def test_a_model_too_large_for_the_device_is_said_to_be(tmp_path: Path) -> None:
+    small = device(memory={"ram_bytes": 1000, "flash_bytes": 10_000, "engine_bytes": 500})
+    estimate = predict_onnx(token_net(tmp_path / "t.onnx"), small)
+    assert estimate.costs["peak_memory_bytes"].value == 500 + 2 * 4 * 6 * 128
+    assert len([note for note in estimate.notes if "does not fit" in note]) == 2
+
+
+def test_a_profile_of_openvino_prices_openvino_kernels(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    profile = make_profile().model_copy(update={"runtime": "openvino"})
+    prediction = predict_in_detail(conv_net(tmp_path / "c.onnx"), profile)
+    assert {"Convolution", "FullyConnected"} <= {kernel.op for kernel in prediction.kernels}
+    assert prediction.estimate.costs["macs"].value == cost(tmp_path / "c.onnx", "macs")
+    unheard = profile.model_copy(update={"runtime": "tensorrt"})
+    with pytest.raises(UsageError, match="onnxruntime or openvino"):
+        predict_onnx(tmp_path / "c.onnx", unheard)
+
+
 # -------------------------------------------------------------------------------------------- what is not known
-
-
-def odd(path: Path) -> Path:
-    nodes = [helper.make_node("Det", ["x"], ["y"], "determinant")]
-    return save(path, nodes, {"x": [64, 32, 32]}, ["y"])
 
 
 def test_an_operator_never_measured_is_named_and_widens_the_band(tmp_path: Path) -> None:
@@ -222,7 +250,7 @@ def test_a_class_missing_from_the_profile_is_priced_by_its_substitute(tmp_path: 
     bare = full.model_copy(update={"kernels": {k: v for k, v in full.kernels.items() if k != "matmul_fp32"}})
     path = token_net(tmp_path / "t.onnx")
     with_substitute = predict_onnx(path, bare)
-    assert with_substitute.unmodelled == ("MatMul as matmul_fp32 x2",)
+    assert with_substitute.unmodelled == ("MatMul (matmul_fp32) x2",)
     assert with_substitute.costs["latency_ms"].value == pytest.approx(cost(path, "latency_ms"))
     assert with_substitute.costs["latency_ms"].high > predict_onnx(path, full).costs["latency_ms"].high
 
