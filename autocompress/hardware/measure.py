@@ -141,7 +141,7 @@ def measure_profile(
     )
 
 
-def _detect_block(rng: np.random.Generator, threads: int, runtime: str) -> int:
+def _detect_block(rng: np.random.Generator, threads: int, runtime: str = DEFAULT_RUNTIME) -> int:
     if runtime == "openvino":
         from autocompress.hardware import openvino_reading
 
@@ -152,7 +152,7 @@ def _detect_block(rng: np.random.Generator, threads: int, runtime: str) -> int:
 
 
 def _time_whole(
-    samples: Sequence[Sample], threads: int, batch: int, progress: Progress, runtime: str
+    samples: Sequence[Sample], threads: int, batch: int, progress: Progress, runtime: str = DEFAULT_RUNTIME
 ) -> tuple[list[LatencyStats], list[LatencyStats]]:
     """Latencies of every model in plain sessions, and of a few of them once more, for the repeat floor."""
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:

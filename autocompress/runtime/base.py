@@ -58,6 +58,8 @@ class Runtime(Protocol):
     """One runtime on the CPU."""
 
     name: str
+    spins: bool
+    """Whether its threads keep their cores between two runs, so that a window in which they do not was disturbed."""
 
     def version(self) -> str:
         """Part of what a measured latency holds for."""

@@ -36,6 +36,7 @@ class OnnxRuntime:
     """ONNX Runtime; the same session serves every batch."""
 
     name = DEFAULT_RUNTIME
+    spins = True
 
     def version(self) -> str:
         return version()

@@ -140,9 +140,11 @@ class OpenvinoRuntime:
     """OpenVINO's CPU plugin."""
 
     name = "openvino"
+    spins = False
 
     def version(self) -> str:
-        return str(ov.__version__)
+        # Behind the first dash stands the build.
+        return str(ov.__version__).partition("-")[0]
 
     def session(self, model: Artifact, threads: int = 1, batch: int | None = None) -> OpenvinoSession:
         return OpenvinoSession(model, threads, batch)

@@ -97,6 +97,7 @@ def measure_latency(
     for run in (*runners.values(), reference):
         for _ in range(MIN_RUNS):
             run()
+    workers = threads if opened.spins else 1
     rounds = max(ENOUGH, round(seconds_each / WINDOW_S))
     windows: dict[str, list[_Window]] = {name: [] for name in runners}
     order = np.random.default_rng(0)
@@ -104,7 +105,7 @@ def measure_latency(
     progress.stage("measure", rounds)
     before = _reference_time(reference)
     for done in range(rounds * PATIENCE):
-        if done >= rounds and all(len(_quiet(w, _floor(windows), threads)) >= ENOUGH for w in windows.values()):
+        if done >= rounds and all(len(_quiet(w, _floor(windows), workers)) >= ENOUGH for w in windows.values()):
             break
         for index in order.permutation(len(names)):
             runs, busy = _time_window(runners[names[index]])
@@ -114,7 +115,7 @@ def measure_latency(
         if done < rounds:
             progress.advance()
     floor = _floor(windows)
-    return {name: _summarise(taken, floor, threads) for name, taken in windows.items()}
+    return {name: _summarise(taken, floor, workers) for name, taken in windows.items()}
 
 
 def _time_window(run: Callable[[], object]) -> tuple[np.ndarray, float]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
+import torch
 
 from autocompress.errors import UsageError
 from autocompress.export.onnx import to_onnx
@@ -16,6 +20,7 @@ from autocompress.hardware.measure import measure_profile
 from autocompress.hardware.models import COST_MODELS, cost_model
 from autocompress.hardware.profilers import PROFILERS, profiled
 from autocompress.hardware.synthetic import (
+    INT8,
     inverted_net,
     odd_net,
     plain_net,
@@ -25,11 +30,14 @@ from autocompress.hardware.synthetic import (
     token_net,
 )  # fmt: skip
 from autocompress.methods.compressed import CompressedModel
-from autocompress.plan import CompressionPlan
+from autocompress.plan import CompressionPlan, Metric, Target
 from autocompress.runtime.base import RUNTIMES, load_runtime
 from autocompress.runtime.kernels import check_kernels
 from autocompress.runtime.session import make_session
 from autocompress.runtime.timing import measure_latency
+from autocompress.search.deliver import ORIGINAL, Delivery
+from autocompress.tasks.base import Task
+from tests.graphs import compress, resnet
 
 NAMES = list(RUNTIMES)
 FAMILIES = {"residual": residual_net, "inverted": inverted_net, "plain": plain_net, "odd": odd_net, "token": token_net}
@@ -140,10 +148,12 @@ def test_profiled_kernels_add_up_to_the_run(name: str, tmp_path: Path) -> None:
     assert total_ms == pytest.approx(latency.median_ms, rel=0.35)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_profile_of_it_prices_plans(name: str) -> None:
     profile = measure_profile(models=12, runtime=name)
     assert (profile.runtime, profile.runtime_version) == (name, load_runtime(name).version())
+    assert version(name) == profile.runtime_version
     assert profile.holdout is not None
     graph = made("residual", "fp32").graph
     small = made("residual", "fp32", size=14).graph
@@ -177,3 +187,37 @@ def test_what_to_install_is_said() -> None:
     )
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert "pip install 'autocompress[openvino]'" in told
+
+
+class Samples:
+    """As much of a split as delivering needs."""
+
+    def __init__(self, inputs: torch.Tensor) -> None:
+        self.inputs, self.targets = inputs, torch.zeros(len(inputs), dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batch(self, part: slice) -> SimpleNamespace:
+        return SimpleNamespace(inputs=(self.inputs[part],))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_are_delivered_in_it(name: str, tmp_path: Path) -> None:
+    graph, weights = resnet(blocks=1)
+    compressed = compress(graph, weights, {layer.name: INT8 for layer in graph.compressible[1:]})
+    data = Samples(torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(0)))
+    task = SimpleNamespace(
+        name="t", model_name="m", metric=Metric(), split=lambda _: data, score=lambda out, _: out.argmax(1) % 2
+    )
+    target = Target(hardware="local", runtime=name, version=load_runtime(name).version())
+    delivery = Delivery(tmp_path, cast(Task, task), target, ("error", "latency_ms"), {}, seed=0)
+    assert delivery.add(ORIGINAL, compressed, None)
+    delivery.measure([], seconds_each=0.1)
+    point = delivery.points[ORIGINAL]
+    artifact = tmp_path / ".work" / "models" / ORIGINAL / "model.onnx"
+    assert point.kernels == load_runtime(name).executed_kernels(artifact).counts
+    assert point.runtime_agreement is not None
+    assert point.runtime_agreement >= 0.9
+    (again,) = measure_latency({"again": artifact}, seconds_each=0.1, runtime=name).values()
+    assert point.latency_ms.measured == pytest.approx(again.median_ms, rel=0.35)
