@@ -14,7 +14,7 @@ export PIP_PROGRESS_BAR := off
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHECKED := autocompress tests $(wildcard benchmarks)
 
-.PHONY: help install install-test quickstart test lint types contracts format bench-digits bench-fashion bench-budget bench-resume clean
+.PHONY: help install install-test quickstart test lint types contracts format bench-digits bench-fashion bench-budget bench-resume bench-latency clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | column -t -s "$$(printf '\t')"
@@ -75,6 +75,9 @@ bench-budget: bench-digits  ## a latency budget, measured again from outside
 
 bench-resume: install  ## ten SIGKILLs at random moments, resumed each time
 	$(BIN)/python -m benchmarks.kill_resume
+
+bench-latency: install  ## the latency model against plans it has never seen, at one and two threads, about 25 minutes
+	$(BIN)/python -m benchmarks.latency
 
 clean:  ## remove the environment, caches and the quickstart's results
 	rm -rf $(VENV) $(QUICKSTART) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

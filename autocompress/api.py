@@ -144,7 +144,9 @@ class _Prepared:
         self.space = load_space(config.space)
         self.task = task_of(config, progress)
         self.teacher = teacher_of(config, self.task, progress)
-        self.profile = load_hardware(config.hardware, config.threads, config.batch, progress=progress)
+        self.profile = load_hardware(
+            config.hardware, config.threads, config.batch, runtime=config.runtime, progress=progress
+        )
         check_known(config, self.profile)
 
 
@@ -183,8 +185,10 @@ def _prepare(config: RunConfig, progress: Progress) -> _Prepared:
 
 
 def _check_supported(config: RunConfig) -> None:
-    if config.runtime != RUNTIME:
-        raise UsageError(f"{config.origin('runtime')}: unknown runtime {config.runtime!r}; known: {RUNTIME}")
+    from autocompress.runtime.base import load_runtime
+
+    with config.citing("runtime"):
+        load_runtime(config.runtime)
     if config.device != "cpu":
         raise UsageError(f"{config.origin('device')}: training on {config.device!r} is not there yet; use cpu")
 

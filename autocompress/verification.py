@@ -10,16 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 
 from autocompress.config import RunConfig, load_config
 from autocompress.errors import UsageError
 from autocompress.front import LoadedFront, Point, load_front
-from autocompress.plan import CompressionPlan, LayerPlan
+from autocompress.plan import CompressionPlan, LayerPlan, Target
 from autocompress.progress import Progress
-from autocompress.runtime.kernels import executed_kernels
-from autocompress.runtime.onnxruntime import make_session, run_batches
+from autocompress.runtime.base import Session, run_batches, runtime_here
 from autocompress.runtime.timing import measure_latency
 from autocompress.tasks.base import Task
 
@@ -70,14 +68,15 @@ def verify_path(path: Path, load: Callable[[RunConfig], Task], progress: Progres
         points = [chosen] if chosen.id == front.reference.id else [front.reference, chosen]
         checks = []
     task = load(load_config(front.path / "config.yaml", {}))
+    target = front.front.target
     progress.stage("verify", len(points))
     running = []
     for point in points:
-        session = _open(point)
+        session = _open(point, target.runtime)
         if isinstance(session, Check):
             checks.append(session)
         else:
-            checks += _point(point, session, task)
+            checks += _point(point, session, task, target)
             running.append(point)
         progress.advance()
     if not front.front.verified:
@@ -99,17 +98,17 @@ def _manifest(run: Path) -> Check:
     )
 
 
-def _open(point: Point) -> ort.InferenceSession | Check:
+def _open(point: Point, runtime: str) -> Session | Check:
     """A plain session of the artifact, or what is wrong with it."""
     try:
         onnx.checker.check_model(str(point.onnx_path), full_check=True)
-        return make_session(point.onnx_path)
+        return runtime_here(runtime).session(point.onnx_path)
     except Exception as error:  # a damaged file can raise anything that its parsers raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         return Check(f"{point.id}: artifact", False, f"cannot be run: {reason}")
 
 
-def _point(point: Point, session: ort.InferenceSession, task: Task) -> list[Check]:
+def _point(point: Point, session: Session, task: Task, target: Target) -> list[Check]:
     checks = []
     size = point.onnx_path.stat().st_size
     checks.append(Check(f"{point.id}: size", size == point.size_bytes, f"{size} bytes"))
@@ -120,7 +119,7 @@ def _point(point: Point, session: ort.InferenceSession, task: Task) -> list[Chec
         found = float(task.score(outputs, data.targets).double().mean())
         ok = abs(found - written) <= QUALITY_TOLERANCE
         checks.append(Check(f"{point.id}: {split}", ok, f"{found:.4f}, written {written:.4f}"))
-    kernels = dict(executed_kernels(point.onnx_path).counts)
+    kernels = dict(runtime_here(target.runtime).executed_kernels(point.onnx_path, target.threads).counts)
     checks.append(
         Check(f"{point.id}: kernels", kernels == point.info.kernels, ", ".join(f"{k} {v}" for k, v in kernels.items()))
     )
@@ -129,7 +128,7 @@ def _point(point: Point, session: ort.InferenceSession, task: Task) -> list[Chec
     return checks
 
 
-def _checkpoint(point: Point, session: ort.InferenceSession, task: Task) -> Check:
+def _checkpoint(point: Point, session: Session, task: Task) -> Check:
     """Whether the torch module rebuilt from the checkpoint answers as the artifact does."""
     name = f"{point.id}: checkpoint"
     try:
@@ -159,6 +158,7 @@ def _latencies(front: LoadedFront, points: list[Point], progress: Progress) -> l
         batch=target.batch,
         seconds_each=SECONDS_EACH,
         progress=progress,
+        runtime=target.runtime,
     )
     limit = front.front.constraints.get("latency_ms")
     delivered = {point.id for point in front.points}

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from autocompress.hardware.measure import measure_profile
 from autocompress.hardware.profile import FittedProfile, cpu_description
 from autocompress.hardware.synthetic import INT8, random_weights, with_ranges
 from autocompress.methods.quantization import activation_formats
-from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph
+from autocompress.plan import CompressionPlan, Layer, LayerPlan, ModelGraph
 from autocompress.runtime.session import make_session, version
 from autocompress.search.menu import keep_counts
 from autocompress.tasks.vision import import_torchvision
@@ -57,14 +58,20 @@ def vision_transformer() -> nn.Module:
     import_torchvision()
     from torchvision.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(
+    made: nn.Module = VisionTransformer(
         image_size=224, patch_size=16, num_layers=4, num_heads=12, hidden_dim=768, mlp_dim=3072, num_classes=1000
     )  # fmt: skip
+    return made
 
 
 def torchvision_model(name: str) -> Callable[[], nn.Module]:
     """A torchvision classifier with random weights."""
-    return lambda: import_torchvision().models.get_model(name, weights=None)  # type: ignore[no-any-return]
+
+    def build() -> nn.Module:
+        made: nn.Module = import_torchvision().models.get_model(name, weights=None)
+        return made
+
+    return build
 
 
 FAMILIES = {
@@ -87,17 +94,22 @@ def draw_plans(graph: ModelGraph, count: int, seed: int) -> list[CompressionPlan
         groups = {}
         for group in graph.groups:
             wanted = group.size * min(1.0, common * float(np.exp(rng.normal(0.0, 0.3))))
-            groups[group.id] = min(keep_counts(group.size, SHARES), key=lambda kept, w=wanted: abs(kept - w))
+            groups[group.id] = min(keep_counts(group.size, SHARES), key=partial(_distance, wanted))
         layers = draw_types(names, STYLES[len(plans) % len(STYLES)], rng)
         plans.append(CompressionPlan(groups=groups, layers=layers, activations=activation_formats(graph, layers)))
     return plans
+
+
+def _distance(wanted: float, kept: int) -> float:
+    return abs(kept - wanted)
 
 
 def draw_types(names: Sequence[str], style: str, rng: np.random.Generator) -> dict[str, LayerPlan]:
     """What each layer computes in: all alike, each by chance, or in stretches."""
     if style in ("fp32", "int8"):
         return dict.fromkeys(names, INT8) if style == "int8" else {}
-    share, layers, current = float(rng.uniform(0.2, 0.8)), {}, False
+    layers: dict[str, LayerPlan] = {}
+    share, current = float(rng.uniform(0.2, 0.8)), False
     for name in names:
         if style == "layers" or not layers or rng.random() < 0.25:
             current = bool(rng.random() < share)
@@ -122,6 +134,17 @@ def macs_of(graph: ModelGraph, plan: CompressionPlan, int8: float) -> float:
     return sum(value * (int8 if name in plan.layers else 1.0) for name, value in macs.items())
 
 
+def as_matmul(layer: Layer, graph: ModelGraph) -> tuple[Layer, ModelGraph]:
+    """A fully connected layer over many rows, which alone in a graph has an axis too many for a Gemm."""
+    weight = graph.tensors[layer.inputs[1]]
+    flipped = weight.model_copy(
+        update={"shape": weight.shape[::-1] if layer.attributes.get("transB") else weight.shape}
+    )
+    changed = {"op": "MatMul", "inputs": layer.inputs[:2], "weights": layer.weights[:1], "attributes": {}}
+    tensors = {**graph.tensors, weight.id: flipped}
+    return layer.model_copy(update=changed), graph.model_copy(update={"tensors": tensors})
+
+
 class SingleOperators:
     """The time of each weight layer alone in a session, measured once for each shape and type."""
 
@@ -138,6 +161,8 @@ class SingleOperators:
         layer = graph.compressible[place]
         source, out = layer.inputs[0], layer.outputs[0]
         int8 = layer.name in plan.layers
+        if layer.op == "Gemm" and len(graph.tensors[source].shape) > 1:
+            layer, graph = as_matmul(layer, graph)
         shapes = tuple(graph.tensors[name].shape for name in (source, layer.inputs[1], out))
         key = (layer.op, *shapes, tuple(sorted(layer.attributes.items())), int8)
         if key not in self._known:

@@ -91,6 +91,7 @@ class FittedSkeleton(Skeleton):
         super().__init__(graph, profile)
         coefficients, self._missing = _coefficients(profile.kernels)
         self._refinement = self._unrefined = Refinement(coefficients, {})
+        self._lowered: dict[str, list[LoweredKernel]] = {}
         self._memory = ActivationMemory(graph, self._steps)
 
     def _prior(self) -> Calibration:
@@ -140,6 +141,10 @@ class FittedSkeleton(Skeleton):
         return kernels
 
     def _kernels(self, plan: CompressionPlan) -> list[LoweredKernel]:
+        """The kernels of one plan, remembered: calibrating asks for the same few again and again."""
+        known = self._lowered.get(plan.structure_digest)
+        if known is not None:
+            return known
         found: list[LoweredKernel] = []
 
         def emit(label: str, kind: str, work: Work, mask: Mask, whole: bool) -> None:
@@ -148,6 +153,7 @@ class FittedSkeleton(Skeleton):
 
         keeps, formats = self.encode([plan])
         self._lower(keeps, formats, emit)
+        self._lowered[plan.structure_digest] = found
         return found
 
     def _lower(self, keeps: np.ndarray, formats: np.ndarray, emit: Emit) -> tuple[Dims, dict[str, Mask]]:

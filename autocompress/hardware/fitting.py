@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import nnls
 from scipy.stats import kendalltau, spearmanr
+from threadpoolctl import threadpool_limits
 
 from autocompress.hardware.kernels import FAMILIES, FEATURES, KINDS, MEMORY, Work, cold_megabytes, cost_us, feature_row
 from autocompress.hardware.profile import EndToEnd, HoldOut, KernelCost
@@ -50,6 +51,7 @@ ONNXRUNTIME = Noise()
 
 OPENVINO = Noise(timing_us=0.0, kernel=0.2, kernel_us=0.5, run=0.01)
 """Whole microseconds, and means that disturbed runs are part of."""
+
 
 @dataclass(frozen=True)
 class MeasuredModel:
@@ -175,8 +177,10 @@ def non_negative(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, float
     """
     scale = np.abs(left).max(axis=0)
     used = scale > 0
-    triangle: np.ndarray = np.asarray(np.linalg.qr(np.column_stack([left[:, used] / scale[used], right]), mode="r"))
-    solved, residual = nnls(triangle[:, :-1], triangle[:, -1], maxiter=100 * int(used.sum()))
+    # Matrices this small lose more by waiting for other threads than they gain, tenfold beside any other work.
+    with threadpool_limits(1, user_api="blas"):
+        triangle: np.ndarray = np.asarray(np.linalg.qr(np.column_stack([left[:, used] / scale[used], right]), mode="r"))
+        solved, residual = nnls(triangle[:, :-1], triangle[:, -1], maxiter=100 * int(used.sum()))
     solution = np.zeros(left.shape[1])
     solution[used] = solved / scale[used]
     return solution, float(residual)

@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
-FEATURES = ("one", "mmac", "mtap", "mpoint", "mwindow", "read_mb", "written_mb", "weight_mb")
+FEATURES = ("one", "mmac", "mtap", "mpoint", "mwindow", "read_mb", "written_mb", "weight_mb", "far_mb")
 """A constant; multiply-accumulates on padded channels; inputs gathered (positions x window x input channels, once for
 each pass over the output channels); output positions, once for each pass; positions x window; bytes of activations
-read and written; bytes of weights.  All but the constant in millions."""
+read and written; bytes of weights; bytes of all of these beyond ``NEAR_BYTES``.  All but the constant in millions."""
+
+NEAR_BYTES = 1 << 20
+"""What the cache next to a core holds: a kernel that goes through more waits for the rest."""
 
 Number = Any
 """An int or float, or an array of them with one entry a plan: the arithmetic is the same."""
@@ -37,13 +40,13 @@ _FAMILY_KINDS = {
         "depthwise_plain_fp32", "gemm_fp32", "matmul_fp32", "attention_fp32",
     ),
     "int8": (
-        "conv_int8", "pointwise_int8", "depthwise_int8", "conv_plain_int8", "pointwise_plain_int8",
-        "depthwise_plain_int8", "gemm_int8", "matmul_int8", "matmul_dynamic_int8", "matmul_nbits",
-        "matmul_nbits_slow",
+        "conv_int8", "pointwise_int8", "depthwise_int8", "conv_plain_int8", "conv_dynamic_int8",
+        "pointwise_plain_int8", "depthwise_plain_int8", "gemm_int8", "matmul_int8", "matmul_dynamic_int8",
+        "matmul_nbits", "matmul_nbits_slow",
     ),
     "light": (
-        "add_fp32", "elementwise_fp32", "curve_fp32", "gelu_fp32", "softmax_fp32", "norm_fp32", "pool_fp32",
-        "pool_plain_fp32", "global_pool_fp32", "batch_norm_fp32", "concat_fp32", "other_fp32", "view",
+        "add_fp32", "elementwise_fp32", "curve_fp32", "gelu_fp32", "softmax_fp32", "norm_fp32", "skip_norm_fp32",
+        "pool_fp32", "pool_plain_fp32", "global_pool_fp32", "batch_norm_fp32", "concat_fp32", "other_fp32", "view",
         "add_int8", "mul_int8", "curve_int8", "pool_int8", "pool_plain_int8", "average_pool_int8", "global_pool_int8",
         "concat_int8",
     ),
@@ -62,6 +65,7 @@ MEMORY = "memory"
 FAMILIES = (*_FAMILY_KINDS, MEMORY)
 
 SUBSTITUTES = {
+    "skip_norm_fp32": "norm_fp32", "conv_dynamic_int8": "conv_plain_int8",
     "conv_plain_fp32": "conv_fp32", "conv_few_fp32": "conv_fp32", "pointwise_few_fp32": "pointwise_fp32",
     "pointwise_fp32": "conv_fp32", "depthwise_plain_fp32": "depthwise_fp32", "matmul_fp32": "gemm_fp32",
     "matmul_int8": "gemm_int8", "conv_plain_int8": "conv_int8", "pointwise_plain_int8": "pointwise_int8",
@@ -101,8 +105,10 @@ class Work:
 
     def features(self) -> tuple[Number, ...]:
         """In the order of ``FEATURES``."""
+        moved = self.read_bytes + self.written_bytes + self.weight_bytes
         counts = (
             self.macs, self.taps, self.points, self.windows, self.read_bytes, self.written_bytes, self.weight_bytes,
+            np.maximum(moved - NEAR_BYTES, 0.0),
         )  # fmt: skip
         return (1.0, *(count * 1e-6 for count in counts))
 
@@ -192,7 +198,7 @@ LIGHT = {
     "Elu": "curve_fp32", "Selu": "curve_fp32", "Softplus": "curve_fp32", "Mish": "gelu_fp32", "Swish": "curve_fp32",
     "Softmax": "softmax_fp32", "LogSoftmax": "softmax_fp32", "LayerNormalization": "norm_fp32",
     "SimplifiedLayerNormalization": "norm_fp32", "RMSNormalization": "norm_fp32",
-    "SkipLayerNormalization": "norm_fp32", "InstanceNormalization": "norm_fp32", "GroupNormalization": "norm_fp32",
+    "SkipLayerNormalization": "skip_norm_fp32", "InstanceNormalization": "norm_fp32", "GroupNormalization": "norm_fp32",
     "BatchNormalization": "batch_norm_fp32", "GlobalAveragePool": "global_pool_fp32", "Cast": "cast",
     "Add": "add_fp32", "Sum": "add_fp32", "Relu": "elementwise_fp32", "Clip": "elementwise_fp32",
     "Mul": "elementwise_fp32", "Sub": "elementwise_fp32", "Div": "elementwise_fp32", "LeakyRelu": "elementwise_fp32",

@@ -181,7 +181,7 @@ class OpenvinoLowering(OpenvinoTensors):
         rows: Number = self.batch
         for size in first[:-1]:
             rows = rows * size
-        name = "gemm" if len(first) == 1 else "matmul"
+        name = "gemm" if layer.op == "Gemm" else "matmul"
         inputs, outputs = first[-1], self.dims[layer.outputs[0]][-1]
         int8 = self.int8.get(layer.name, self.none) if step.weight else self.none
         for tensor in layer.activations:
@@ -321,6 +321,7 @@ class OpenvinoLowering(OpenvinoTensors):
                 self._read_float(tensor, ~int8)
                 read = read + 4 * self._elements(tensor)
             written = 4 * self._elements(layer.outputs[0])
+            kind = "curve_fp32" if kind == "gelu_fp32" else kind
             self.emit(layer.name, kind, light_work(kind, read, written), self.all, True)
         self.integers[step.result] = self._in_integers(step.result) | int8
         self._quantize(step.result, ~int8 & ~joined)

@@ -10,7 +10,7 @@ from autocompress.plan import Layer, ModelGraph
 
 _POSITIVE = frozenset({"Relu", "Clip", "Sigmoid", "HardSigmoid", "Softmax"})
 
-JOINING = frozenset({"elementwise_fp32", "add_fp32", "curve_fp32", "batch_norm_fp32"})
+JOINING = frozenset({"elementwise_fp32", "add_fp32", "curve_fp32", "gelu_fp32", "batch_norm_fp32"})
 """Classes of elementwise operators."""
 
 

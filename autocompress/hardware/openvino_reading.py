@@ -20,10 +20,6 @@ from autocompress.hardware.reading import TimedKernel
 from autocompress.runtime.openvino import INTEGERS, OpenvinoSession, RuntimeInput, RuntimeNode, matrix_weights
 
 _WARM_UP = 20
-_REPEAT = 8
-_ENOUGH_S = 0.003
-"""Runs for each call of ``run``, and after what time they are enough: means cut to whole microseconds ask for many."""
-
 _CUT_US = 0.5
 """What cutting to whole microseconds takes away on average."""
 
@@ -54,15 +50,9 @@ class OpenvinoProfile:
         self._walls: list[float] = []
 
     def run(self) -> None:
-        """A few runs in a row."""
-        spent = 0.0
-        for _ in range(_REPEAT):
-            begin = time.perf_counter()
-            self._session.run(self._feed)
-            self._walls.append(time.perf_counter() - begin)
-            spent += self._walls[-1]
-            if spent > _ENOUGH_S:
-                break
+        begin = time.perf_counter()
+        self._session.run(self._feed)
+        self._walls.append(time.perf_counter() - begin)
 
     def finish(self, block: int) -> list[TimedKernel]:
         """Ends profiling; times are means of the undisturbed runs."""

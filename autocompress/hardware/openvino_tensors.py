@@ -144,7 +144,7 @@ class OpenvinoTensors:
     def _join(self, source: str, result: str, kind: str, mask: Mask) -> Mask:
         """An elementwise operator behind integers joins their dequantizer, and the quantizer behind if there is one."""
         waiting, curve = self._pending.pop(source, (self.none, False))
-        curve = curve or kind.startswith("curve")
+        curve = curve or kind.startswith(("curve", "gelu"))
         joined: Mask = mask & (waiting | self._in_integers(source))
         held = joined & self._is_held(result)
         if held.any():

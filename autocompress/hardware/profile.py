@@ -60,6 +60,7 @@ class KernelCost(Value):
     per_read_mb_us: Coefficient = 0.0
     per_written_mb_us: Coefficient = 0.0
     per_weight_mb_us: Coefficient = 0.0
+    per_far_mb_us: Coefficient = 0.0
     samples: int = Field(default=0, ge=0)
     mape: float = 0.0
 
@@ -68,7 +69,7 @@ class KernelCost(Value):
         """In the order of ``kernels.FEATURES``."""
         return (
             self.fixed_us, self.per_mmac_us, self.per_mtap_us, self.per_mpoint_us, self.per_mwindow_us,
-            self.per_read_mb_us, self.per_written_mb_us, self.per_weight_mb_us,
+            self.per_read_mb_us, self.per_written_mb_us, self.per_weight_mb_us, self.per_far_mb_us,
         )  # fmt: skip
 
     @classmethod

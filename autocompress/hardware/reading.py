@@ -220,6 +220,8 @@ def _convolution(
     if int8:
         aligned = bool(aligned_int8(shape[1], shape[0], depthwise)) and (depthwise or groups == 1)
         kind = f"{base}_int8" if aligned else f"{base}_plain_int8"
+        if node.op_type == "ConvInteger":
+            kind = "conv_dynamic_int8"
     elif not packed:
         kind = "depthwise_plain_fp32" if depthwise else "conv_plain_fp32"
     else:

@@ -13,6 +13,7 @@ from autocompress.hardware.synthetic import (
     encoder_net,
     heavy_net,
     inverted_net,
+    joined_net,
     odd_net,
     plain_net,
     random_formats,
@@ -61,6 +62,9 @@ _WEIGHT_ONLY = (
 )  # fmt: skip
 """What the weights of a network of matrix products are held in, and its tokens; ``slow``: 4 bits computed in float."""
 
+_FOREIGN = (16, 64, 128)
+"""Tokens of networks with kernels that this project's own exports do not bring about, but other files do."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -98,6 +102,11 @@ def choose_samples(count: int, rng: np.random.Generator, block: int, weight_only
             bits = 4 if style == "slow" else int(style[0])
             made = few_bits_products(made, bits, accuracy_level=0 if style == "slow" else 4)
         samples.append(Sample(graph, made.SerializeToString(), graph.tensors["input"].shape))
+    for tokens in _FOREIGN if weight_only else ():
+        graph = encoder_net(rng, tokens, (64, 256))
+        dynamic = dynamic_products(to_onnx(random_model(graph, {}, rng)))
+        samples.append(Sample(graph, dynamic.SerializeToString(), graph.tensors["input"].shape))
+        samples.append(_sample(joined_net(rng, tokens, (64, 256)), {}, rng))
     return samples
 
 

@@ -276,13 +276,14 @@ def token_net(rng: np.random.Generator, size: int, widths: tuple[int, int], odd:
 
 
 def encoder_net(rng: np.random.Generator, size: int, widths: tuple[int, int], odd: bool = False) -> ModelGraph:
-    """Transformer encoder blocks over ``size`` tokens: attention and a perceptron, each behind a layer norm."""
+    """Transformer encoder blocks over ``size`` tokens: attention and a perceptron, a norm before or behind each."""
     make = GraphMaker()
     heads = int(rng.choice([2, 4, 6]))
     width = heads * int(rng.choice([d for d in (32, 64) if heads * d >= widths[0]] or [64]))
+    first = rng.random() < 0.5
     x = make.tensor("input", (size, width))
     for _ in range(2):
-        y = make.norm(x)
+        y = make.norm(x) if first else x
         parts = [make.bias(make.matmul(y, width)) for _ in range(3)]
         split = [make.reshape(part, (size, heads, width // heads)) for part in parts]
         query, value = (make.transpose(part, (0, 2, 1, 3)) for part in split[::2])
@@ -293,10 +294,24 @@ def encoder_net(rng: np.random.Generator, size: int, widths: tuple[int, int], od
         # As torch exports its attention: a fully connected layer over all tokens in a row.
         rows = make.op("Flatten", (joined,), (size, width), axis=2)
         x = make.add(x, make.reshape(make.gemm(rows, width), (size, width)))
-        hidden = make.bias(make.matmul(make.norm(x), int(rng.choice([1, 2, 4])) * width))
+        x = y = make.norm(x) if not first else x
+        hidden = make.bias(make.matmul(make.norm(y) if first else y, int(rng.choice([1, 2, 4])) * width))
         hidden = make.op("Gelu", (hidden,), make.tensors[hidden].shape)
         x = make.add(x, make.bias(make.matmul(hidden, width)))
-    return make.build(make.norm(x))
+        x = x if first else make.norm(x)
+    return make.build(make.norm(x) if first else x)
+
+
+def joined_net(rng: np.random.Generator, size: int, widths: tuple[int, int]) -> ModelGraph:
+    """Residual additions that a layer norm alone reads, and changes of the number format on the way."""
+    make = GraphMaker()
+    width = _width(rng, *widths)
+    x = make.tensor("input", (size, width))
+    for _ in range(3):
+        x = make.norm(make.add(x, make.matmul(x, width)))
+        half = make.op("Cast", (x,), make.tensors[x].shape, to=10)
+        x = make.op("Cast", (half,), make.tensors[x].shape, to=1)
+    return make.build(x)
 
 
 def heavy_net(channels: int, depth: int, size: int = 6) -> ModelGraph:

@@ -7,7 +7,7 @@ plans become its kernels in ``hardware/models.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -84,6 +84,17 @@ def load_runtime(name: str) -> Runtime:
     """
     made: Runtime = RUNTIMES.load(name)()
     return made
+
+
+def runtime_here(name: str) -> Runtime:
+    """The runtime of a target where it is one of ours, else the default: a device's own may run only there."""
+    return load_runtime(name if name in RUNTIMES else DEFAULT_RUNTIME)
+
+
+def run_batches(session: Session, batches: Iterable[np.ndarray]) -> np.ndarray:
+    """The first output for every batch of the first input, one after another along the batch axis."""
+    name = session.inputs[0].name
+    return np.concatenate([session.run({name: batch})[0] for batch in batches])
 
 
 def check_session(model: Artifact, threads: int) -> None:

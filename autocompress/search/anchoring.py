@@ -104,13 +104,20 @@ def _measure(
             files[str(index)] = path
             progress.advance()
         stats = measure_latency(
-            files, threads=config.threads, batch=config.batch, seconds_each=ANCHOR_SECONDS, progress=progress
+            files,
+            threads=config.threads,
+            batch=config.batch,
+            seconds_each=ANCHOR_SECONDS,
+            progress=progress,
+            runtime=config.runtime,
         )
         kernels: Sequence[Sequence[TimedKernel]] = [()] * len(plans)
         if isinstance(profile, FittedProfile):
             models = [path.read_bytes() for path in files.values()]
             block = profile.nchwc_block
-            kernels = profile_kernels(models, block, threads=config.threads, batch=config.batch, progress=progress)
+            kernels = profile_kernels(
+                models, block, threads=config.threads, batch=config.batch, runtime=config.runtime, progress=progress
+            )
     return [
         {
             "plan": plan.model_dump(mode="json"),

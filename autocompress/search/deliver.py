@@ -22,8 +22,8 @@ from autocompress.methods.simulation import build_compressed
 from autocompress.pareto import distinct_mask, pareto_mask
 from autocompress.plan import Estimate, Front, FrontPoint, Latency, Quality, SearchSummary, Target
 from autocompress.progress import Progress, SilentProgress
-from autocompress.runtime.kernels import check_kernels, executed_kernels
-from autocompress.runtime.onnxruntime import make_session, run_batches
+from autocompress.runtime.base import run_batches, runtime_here
+from autocompress.runtime.kernels import check_kernels
 from autocompress.runtime.timing import LatencyStats, measure_latency
 from autocompress.search.files import write_text
 from autocompress.search.scoring import Scores, front_hypervolume, interval, paired_drop, ties
@@ -94,7 +94,8 @@ class Delivery:
         folder.mkdir(parents=True)
         artifact = folder / "model.onnx"
         size = write_onnx(compressed, artifact, {"autocompress.plan": compressed.plan.digest})
-        report = executed_kernels(artifact, self.target.threads)
+        runtime = runtime_here(self.target.runtime)
+        report = runtime.executed_kernels(artifact, self.target.threads)
         problems = check_kernels(compressed, report)
         if problems:
             self.failures[name] = "; ".join(problems)
@@ -102,7 +103,7 @@ class Delivery:
             shutil.rmtree(folder)
             return False
         save_checkpoint(compressed, folder)
-        session = make_session(artifact, threads=min(2, torch.get_num_threads()))
+        session = runtime.session(artifact, threads=min(2, torch.get_num_threads()))
         for split in ("validation", "test"):
             data = self.task.split(split)
             batches = (data.batch(slice(i, i + BATCH)).inputs[0].numpy() for i in range(0, len(data), BATCH))
@@ -183,6 +184,7 @@ class Delivery:
             batch=self.target.batch,
             seconds_each=seconds_each,
             progress=progress or SilentProgress(),
+            runtime=self.target.runtime,
         )
         for name, taken in stats.items():
             self._record(name, taken)

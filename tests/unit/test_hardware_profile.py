@@ -111,7 +111,7 @@ def test_cache_key_tells_targets_apart(tmp_path: Path, monkeypatch: pytest.Monke
 def test_cost_of_rounds_to_five_digits() -> None:
     cost = KernelCost.of([1.23456789, 0.0, 2.0], samples=4, mape=0.5)
     assert cost.fixed_us == 1.2346
-    assert cost.coefficients == (1.2346, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    assert cost.coefficients == (1.2346, 0.0, 2.0, *[0.0] * 6)
     assert (cost.samples, cost.mape) == (4, 0.5)
 
 

@@ -19,7 +19,7 @@ from autocompress.hardware.synthetic import GraphMaker, random_model
 from autocompress.hardware.weight_only import dynamic_products, few_bits_products
 from autocompress.runtime.kernels import executed_kernels
 
-DEVICE = {"conv_fp32": (1.0, 10.0, *[0.0] * 6), "gemm_fp32": (1.0, 5.0, *[0.0] * 6)}
+DEVICE = {"conv_fp32": (1.0, 10.0, *[0.0] * 7), "gemm_fp32": (1.0, 5.0, *[0.0] * 7)}
 TIMING_US = 2.0
 SIZES = (1e5, 4e5, 1e6, 3e6)
 
