@@ -195,8 +195,8 @@ def _codes(menu: Menu, skeleton: Skeleton) -> dict[LayerPlan, int]:
 
 
 def _backgrounds(menu: Menu) -> list[tuple[int, ...]]:
-    """What the other knobs may choose: each type everywhere, dense and at half the width, and mixtures."""
-    uniform = [menu.uniform(share, *form) for share in (1.0, 0.5) for form in (("fp32", 32), ("int8", 8))]
+    """What the other knobs may choose: each type everywhere, whole, halved and at the narrowest, and mixtures."""
+    uniform = [menu.uniform(share, *form) for share in (1.0, 0.5, 0.0) for form in (("fp32", 32), ("int8", 8))]
     rng = np.random.default_rng(0)
     mixed = [tuple(int(rng.integers(len(k.options))) for k in menu.knobs) for _ in range(RANDOM_BACKGROUNDS)]
     return list(dict.fromkeys([*uniform, *mixed]))
