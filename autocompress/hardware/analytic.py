@@ -10,10 +10,10 @@ from autocompress.hardware.analytic_profile import AnalyticProfile
 from autocompress.hardware.calibration import Calibration
 from autocompress.hardware.footprint import ActivationMemory, multiply_accumulates, size_counts, stored_bytes
 from autocompress.hardware.kernels import KINDS, LIGHT, VIEWS, Work
-from autocompress.hardware.lowering import quantized_tensors
 from autocompress.hardware.profile import HardwareProfile
 from autocompress.hardware.roofline import WIDTH, Roofline, Variant, op_class_of, refusal, type_of, variant_of
 from autocompress.hardware.skeleton import PriceTable, Record, Skeleton, Terms
+from autocompress.hardware.steps import quantized_tensors
 from autocompress.methods.quantization import FOLLOWERS
 from autocompress.plan import CompressionPlan, Estimate, LayerPlan, ModelGraph
 from autocompress.units import format_bytes
@@ -154,7 +154,7 @@ class AnalyticSkeleton(Skeleton):
         )
         lowering.run()
         stored = stored_bytes(self.graph, dims, formats, self._layer_column, self._formats)
-        peak = self._memory.peak_bytes(dims, held, count, self.profile.batch) + self.profile.memory.engine_bytes
+        peak = self._memory.peak_bytes(dims, held, int8, count, self.profile.batch) + self.profile.memory.engine_bytes
         return Terms(
             lowering.family_us.T,
             lowering.kernels,

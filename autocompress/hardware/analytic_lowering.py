@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from autocompress.hardware.kernels import FAMILIES, KINDS, LIGHT, VIEWS, Number, round_up
-from autocompress.hardware.lowering import Mask, Step
 from autocompress.hardware.profile import Precision
 from autocompress.hardware.roofline import WIDTH, Roofline, Variant, variant_of
 from autocompress.hardware.skeleton import Record
+from autocompress.hardware.steps import Mask, Step
 from autocompress.methods.quantization import FOLLOWERS
 from autocompress.plan import LayerPlan, ModelGraph
 

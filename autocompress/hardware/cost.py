@@ -29,13 +29,17 @@ from autocompress.hardware.kernels import (
     cold_megabytes,
     cost_us,
 )  # fmt: skip
-from autocompress.hardware.lowering import Emit, Lowering, Mask, quantized_tensors
+from autocompress.hardware.lowering import Emit, Lowering
 from autocompress.hardware.profile import FittedProfile, KernelCost
 from autocompress.hardware.profilers import noise_of
 from autocompress.hardware.refinement import LoweredKernel, Refinement, refine
 from autocompress.hardware.skeleton import Record, Skeleton, Terms
+from autocompress.hardware.steps import Mask, quantized_tensors
 from autocompress.methods.quantization import FOLLOWERS
 from autocompress.plan import INT8_WEIGHT, CompressionPlan, LayerPlan, ModelGraph
+
+Formats = Mapping[str, Mask]
+"""For each layer or tensor the plans under which it is in int8."""
 
 _FAMILY_INDEX = {family: index for index, family in enumerate(FAMILIES)}
 _WITH_WEIGHTS = ("fp32", "int8")
@@ -159,15 +163,15 @@ class FittedSkeleton(Skeleton):
         self._lowered[plan.structure_digest] = found
         return found
 
-    def _lower(self, keeps: np.ndarray, formats: np.ndarray, emit: Emit) -> tuple[Dims, dict[str, Mask]]:
-        """Emits the kernels of plans; returns the shapes of all tensors and which of them are held in int8."""
+    def _lower(self, keeps: np.ndarray, formats: np.ndarray, emit: Emit) -> tuple[Dims, Formats, Formats]:
+        """Emits the kernels of plans; returns all shapes, and the layers that run and the tensors held in int8."""
         count, dims = len(keeps), self._dims(keeps)
         is_int8 = np.array([plan.compute == "int8" for plan in self._formats])[formats]
         int8 = {name: is_int8[:, column] for column, name in enumerate(self.layer_names)}
         held = quantized_tensors(self.graph, self._steps, int8, count)
         block, batch = self.profile.nchwc_block, self.profile.batch
         self.lowering(self.graph, self._steps, dims, int8, held, count, block, batch, emit).run()
-        return dims, held
+        return dims, int8, held
 
     def _terms(self, keeps: np.ndarray, formats: np.ndarray, record: Record | None = None) -> Terms:
         count = len(keeps)
@@ -187,12 +191,12 @@ class FittedSkeleton(Skeleton):
             if record is not None:
                 record(label, kind, microseconds, mask, whole)
 
-        dims, held = self._lower(keeps, formats, emit)
+        dims, int8, held = self._lower(keeps, formats, emit)
         end = self.profile.end_to_end
         family_us[FAMILIES.index(MEMORY)] = end.per_cold_mb_us * cold_megabytes(weight_bytes, end.cache_mb)
         stored = stored_bytes(self.graph, dims, formats, self._layer_column, self._formats)
         counts = size_counts(formats, self._formats, held)
-        peak = self._memory.peak_bytes(dims, held, count, self.profile.batch)
+        peak = self._memory.peak_bytes(dims, held, int8, count, self.profile.batch)
         return Terms(family_us.T, kernels, stored, counts, peak, multiply_accumulates(self.graph, dims, count))
 
 

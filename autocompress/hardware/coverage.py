@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from autocompress.hardware.kernels import Work, cost_size
-from autocompress.hardware.lowering import Lowering, Mask, make_steps, quantized_tensors
+from autocompress.hardware.lowering import Lowering
+from autocompress.hardware.steps import Mask, make_steps, quantized_tensors
 from autocompress.plan import LayerPlan, ModelGraph
 
 WANTED = 6

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from autocompress.hardware.kernels import VIEWS, Number
-from autocompress.hardware.lowering import Mask, Step
+from autocompress.hardware.steps import Mask, Step
+from autocompress.methods.quantization import FOLLOWERS
 from autocompress.plan import LayerPlan, ModelGraph
 
 Dims = Mapping[str, tuple[Number, ...]]
@@ -76,12 +77,15 @@ def multiply_accumulates(graph: ModelGraph, dims: Dims, count: int) -> np.ndarra
 
 
 class ActivationMemory:
-    """The most bytes of activations that are alive at once, operators that only reshape sharing their input's."""
+    """The most bytes of activations that are alive at once, operators that only reshape sharing their input's.
+
+    Where a float kernel meets a tensor held in int8, both forms of it are alive while the kernel runs.
+    """
 
     def __init__(self, graph: ModelGraph, steps: Sequence[Step]) -> None:
         self._graph = graph
         views: dict[str, str] = {}
-        made: list[tuple[str, list[str]]] = []
+        made: list[tuple[Step, str, list[str]]] = []
         for step in steps:
             layer = step.layer
             if not layer.outputs or step.folded:
@@ -89,35 +93,62 @@ class ActivationMemory:
             reads = [views.get(t, t) for t in layer.activations]
             if layer.op in VIEWS and reads:
                 views[step.result] = reads[0]
-                made.append(("", reads))
+                made.append((step, "", reads))
             else:
-                made.append((step.result, reads))
-        last = {tensor: position for position, (_, reads) in enumerate(made) for tensor in reads}
+                made.append((step, step.result, reads))
+        last = {tensor: position for position, (_, _, reads) in enumerate(made) for tensor in reads}
         kept = {views.get(t, t) for t in graph.outputs}
         self._plan = [
-            (result, tuple(dict.fromkeys(t for t in reads if last[t] == position and t not in kept)))
-            for position, (result, reads) in enumerate(made)
+            (step, result, reads, tuple(dict.fromkeys(t for t in reads if last[t] == position and t not in kept)))
+            for position, (step, result, reads) in enumerate(made)
         ]
 
-    def peak_bytes(self, dims: Dims, held: Mapping[str, Mask], count: int, batch: int) -> np.ndarray:
-        """Bytes under each plan; a tensor held in int8 takes one an element."""
+    def peak_bytes(
+        self, dims: Dims, held: Mapping[str, Mask], int8: Mapping[str, Mask], count: int, batch: int
+    ) -> np.ndarray:
+        """Bytes under each plan; a tensor held in int8 takes one an element.
+
+        Args:
+            dims: the shape of each tensor under each plan.
+            held: the plans under which a tensor is held in int8.
+            int8: the plans under which a weight layer computes in int8.
+            count: plans.
+            batch: samples of one run.
+        """
+
+        def elements(tensor: str) -> Number:
+            return batch * _product(dims[tensor])
 
         def size_of(tensor: str) -> Number:
-            elements = batch * _product(dims[tensor])
             width = _BYTES.get(self._graph.tensors[tensor].dtype, 4)
-            return elements * np.where(held[tensor], 1, width) if tensor in held else elements * width
+            return elements(tensor) * (np.where(held[tensor], 1, width) if tensor in held else width)
 
+        none = np.zeros(count, dtype=bool)
         sizes: dict[str, Number] = {t: size_of(t) for t in self._graph.inputs}
         live = np.zeros(count, dtype=np.int64) + sum(sizes.values())
         peak = live.copy()
-        for result, dead in self._plan:
+        for step, result, reads, dead in self._plan:
             if result:
+                in_float = ~_in_int8(step, held, int8, none)
+                both = sum(4 * elements(t) * (held[t] & in_float) for t in {result, *reads} if t in held)
                 sizes[result] = size_of(result)
                 live = live + sizes[result]
-                np.maximum(peak, live, out=peak)
+                np.maximum(peak, live + both, out=peak)
             for tensor in dead:
                 live = live - sizes.get(tensor, 0)
         return peak
+
+
+def _in_int8(step: Step, held: Mapping[str, Mask], int8: Mapping[str, Mask], none: Mask) -> Mask:
+    """The plans under which a layer reads and writes integers."""
+    if step.weight:
+        return int8.get(step.layer.name, none)
+    if step.layer.op not in FOLLOWERS:
+        return none
+    found = held.get(step.result, none)
+    for tensor in step.layer.activations:
+        found = found & held.get(tensor, none)
+    return found
 
 
 def _product(sizes: Sequence[Number]) -> Number:

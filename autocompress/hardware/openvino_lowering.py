@@ -24,9 +24,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from autocompress.hardware.kernels import LIGHT, VIEWS, Number, Work, conv_work, gemm_work, light_work, move_work
-from autocompress.hardware.lowering import Mask, Step
 from autocompress.hardware.openvino_patterns import JOINING, Attention, find_attention
 from autocompress.hardware.openvino_tensors import OpenvinoTensors
+from autocompress.hardware.steps import Mask, Step
 from autocompress.methods.quantization import FOLLOWERS
 from autocompress.plan import Layer, is_weight_layer
 

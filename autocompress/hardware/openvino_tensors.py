@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from autocompress.hardware.kernels import Number, move_work
-from autocompress.hardware.lowering import Emit, Mask, Step
+from autocompress.hardware.lowering import Emit
 from autocompress.hardware.openvino_patterns import never_negative
+from autocompress.hardware.steps import Mask, Step
 from autocompress.methods.quantization import FOLLOWERS
 from autocompress.plan import Layer, ModelGraph, is_weight_layer
 

@@ -12,7 +12,8 @@ from onnx import helper
 from autocompress.hardware.profilers import profiled
 from autocompress.hardware.reading import TimedKernel
 from autocompress.progress import Progress, SilentProgress
-from autocompress.runtime.base import DEFAULT_RUNTIME
+from autocompress.runtime.base import DEFAULT_RUNTIME, load_runtime
+from autocompress.runtime.timing import settle
 
 TURNS = 3
 TURN_S = 0.02
@@ -44,9 +45,11 @@ def profile_kernels(
     progress = progress or SilentProgress()
     rng = np.random.default_rng(seed)
     sessions = [profiled(runtime, model, random_feed(model, batch, rng), threads) for model in models]
+    workers = threads if load_runtime(runtime).spins else 1
     progress.stage("profile kernels", TURNS)
     for _ in range(TURNS):
         for index in rng.permutation(len(sessions)):
+            settle(workers)
             until, runs = time.perf_counter() + TURN_S, 0
             while runs < LEAST_RUNS or time.perf_counter() < until:
                 sessions[index].run()

@@ -16,8 +16,8 @@ import numpy as np
 from autocompress.errors import UsageError, unknown_name
 from autocompress.hardware.calibration import Calibration, Observation, fit_latency, fit_size, spread_of
 from autocompress.hardware.kernels import FAMILIES, KINDS, MEMORY, Number
-from autocompress.hardware.lowering import Mask, make_steps
 from autocompress.hardware.profile import HardwareProfile
+from autocompress.hardware.steps import Mask, make_steps
 from autocompress.plan import (
     INT4_WEIGHT,
     INT8_WEIGHT,

@@ -28,6 +28,10 @@ MIN_RUNS = 3
 ENOUGH = 8
 """Undisturbed windows of each model after which no more are taken."""
 
+SETTLING_S = 0.004
+SETTLED_AT_MOST_S = 0.2
+"""Workers are looked at this often, and waited for so long."""
+
 PATIENCE = 2
 """On a machine that is never quiet, measuring ends after this many times the rounds asked for."""
 
@@ -82,8 +86,8 @@ def measure_latency(
         seconds_each: time spent on each model, the reference kernel aside; up to twice as long where other
             work on the machine disturbs most windows.
         progress: told of each round.
-        runtime: where they run, by its name in ``base.RUNTIMES``.  The reference kernel runs in the same one: threads
-            of two runtimes would disturb each other.
+        runtime: where they run, by its name in ``base.RUNTIMES``.  The reference kernel runs in the same one, on one
+            thread.
 
     Returns:
         For each name its statistics.  Two calls agree within 2-3% unless the machine is loaded throughout.
@@ -93,7 +97,8 @@ def measure_latency(
     progress = progress or SilentProgress()
     opened = load_runtime(runtime)
     runners = {name: _runner(opened.session(path, threads, batch), batch) for name, path in models.items()}
-    reference = _runner(opened.session(_reference_model(), threads, 1), 1)
+    # On one thread: it leaves no workers behind that would disturb the next window.
+    reference = _runner(opened.session(_reference_model(), 1, 1), 1)
     for run in (*runners.values(), reference):
         for _ in range(MIN_RUNS):
             run()
@@ -103,12 +108,14 @@ def measure_latency(
     order = np.random.default_rng(0)
     names = list(runners)
     progress.stage("measure", rounds)
+    settle(workers)
     before = _reference_time(reference)
     for done in range(rounds * PATIENCE):
         if done >= rounds and all(len(_quiet(w, _floor(windows), workers)) >= ENOUGH for w in windows.values()):
             break
         for index in order.permutation(len(names)):
             runs, busy = _time_window(runners[names[index]])
+            settle(workers)
             after = _reference_time(reference)
             windows[names[index]].append(_Window(runs, max(before, after), busy))
             before = after
@@ -116,6 +123,22 @@ def measure_latency(
             progress.advance()
     floor = _floor(windows)
     return {name: _summarise(taken, floor, workers) for name, taken in windows.items()}
+
+
+def settle(threads: int) -> None:
+    """Waits until the workers of the last session have gone to sleep.
+
+    With several threads they spin for tens of milliseconds after a run; on a machine with no cores to spare, the next
+    session would share its cores with them and run at half its speed.
+    """
+    if threads < 2:
+        return
+    give_up = time.perf_counter() + SETTLED_AT_MOST_S
+    while time.perf_counter() < give_up:
+        begin, cpu = time.perf_counter(), time.process_time()
+        time.sleep(SETTLING_S)
+        if time.process_time() - cpu < 0.2 * (time.perf_counter() - begin):
+            return
 
 
 def _time_window(run: Callable[[], object]) -> tuple[np.ndarray, float]:

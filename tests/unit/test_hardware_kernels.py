@@ -16,10 +16,10 @@ from autocompress.hardware.cost import FittedCostModel
 from autocompress.hardware.coverage import lowered_kernels
 from autocompress.hardware.fitting import MeasuredModel, fit_kernels, hold_out
 from autocompress.hardware.kernels import KINDS, Work, conv_work, cost_us, round_up
-from autocompress.hardware.lowering import make_steps, quantized_tensors
 from autocompress.hardware.profile import HardwareProfile, KernelCost
 from autocompress.hardware.profiling import profile_kernels
 from autocompress.hardware.reading import TimedKernel
+from autocompress.hardware.steps import make_steps, quantized_tensors
 from autocompress.hardware.synthetic import (
     INT8,
     GraphMaker,

@@ -10,9 +10,9 @@ import pytest
 
 from autocompress.export.onnx import to_onnx
 from autocompress.hardware.kernels import Work
-from autocompress.hardware.lowering import Mask, make_steps, quantized_tensors
 from autocompress.hardware.openvino_lowering import OpenvinoLowering
 from autocompress.hardware.openvino_reading import describe, packed_block
+from autocompress.hardware.steps import Mask, make_steps, quantized_tensors
 from autocompress.hardware.synthetic import (
     INT8,
     GraphMaker,
