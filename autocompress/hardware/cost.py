@@ -44,7 +44,8 @@ Formats = Mapping[str, Mask]
 _FAMILY_INDEX = {family: index for index, family in enumerate(FAMILIES)}
 _WITH_WEIGHTS = ("fp32", "int8")
 _INT8 = LayerPlan(compute="int8", storage=INT8_WEIGHT)
-_PLANS_AHEAD = 30
+_PLANS_AHEAD = 36
+_LEVELS = (0.125, 0.25, 0.5, 1.0)
 _TRUST = 3.0
 """How many times nearer kernels profiled in this model come to its latency than those of other models."""
 
@@ -139,9 +140,9 @@ class FittedSkeleton(Skeleton):
         rng = np.random.default_rng(0)
         kernels: list[LoweredKernel] = []
         for number in range(_PLANS_AHEAD):
-            groups = {
-                g.id: keep_count(g.size, float(np.exp(rng.uniform(np.log(0.125), 0.0)))) for g in self.graph.groups
-            }
+            # Every level alike: what is missing here may be priced absurdly by a fit to the anchors alone.
+            level = _LEVELS[number % len(_LEVELS)]
+            groups = {g.id: keep_count(g.size, level * float(np.exp(rng.normal(0.0, 0.4)))) for g in self.graph.groups}
             share = (0.0, 1.0, 0.5)[number % 3]
             layers = {name: _INT8 for name in self.layer_names if rng.random() < share}
             kernels += self._kernels(CompressionPlan(groups=groups, layers=layers))

@@ -189,7 +189,7 @@ def non_negative(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, float
 def hold_out(
     models: Sequence[MeasuredModel],
     cache_mb: float | None = None,
-    folds: int = 5,
+    folds: int = 10,
     noise: Noise = ONNXRUNTIME,
 ) -> HoldOut:
     """Errors on models left out of the fit in turn: the kernels of each are known, their costs are not."""

@@ -168,10 +168,14 @@ def conv_work(
 
 
 def gemm_work(kind: str, rows: Number, inputs: Number, outputs: Number) -> Work:
-    """``rows`` vectors of ``inputs`` numbers times a matrix with ``outputs`` columns."""
+    """``rows`` vectors of ``inputs`` numbers times a matrix with ``outputs`` columns.
+
+    One row is no small matrix: another kernel streams the weights past it (``windows``).
+    """
     width = 1 if kind.endswith("int8") else 4
     return Work(
         macs=rows * inputs * outputs,
+        windows=inputs * outputs if rows == 1 else 0,
         read_bytes=width * rows * inputs,
         written_bytes=width * rows * outputs,
         weight_bytes=width * inputs * outputs,
@@ -179,10 +183,11 @@ def gemm_work(kind: str, rows: Number, inputs: Number, outputs: Number) -> Work:
 
 
 def few_bits_work(rows: Number, inputs: Number, outputs: Number, bits: int) -> Work:
-    """A product with a matrix stored in ``bits`` bits a weight, which is unpacked on the way (``taps``)."""
+    """A product with a matrix stored in ``bits`` bits a weight, which is unpacked on the way (``points``)."""
     return Work(
         macs=rows * inputs * outputs,
-        taps=inputs * outputs,
+        points=inputs * outputs,
+        windows=inputs * outputs if rows == 1 else 0,
         read_bytes=4 * rows * inputs,
         written_bytes=4 * rows * outputs,
         weight_bytes=inputs * outputs * bits / 8,
@@ -232,7 +237,7 @@ def move_work(read_bytes: Number, written_bytes: Number) -> Work:
 
 
 def cost_size(work: Work) -> Number:
-    """One number for how much a kernel does: its multiply-accumulates, or else the bytes it moves."""
+    """One number for how much a kernel does: what it computes and the bytes it moves."""
     return work.macs + work.read_bytes + work.written_bytes
 
 

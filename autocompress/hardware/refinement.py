@@ -14,15 +14,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from autocompress.hardware.fitting import ONNXRUNTIME, MeasuredModel, Noise, PriorKernel, fit_kernels
-from autocompress.hardware.kernels import Number, Work, cost_us
+from autocompress.hardware.kernels import KINDS, Number, Work, cost_size, cost_us
 from autocompress.hardware.profile import EndToEnd
 
 Coefficients = Mapping[str, tuple[float, ...]]
 
-PRIORS_EACH = 24
+PRIORS_EACH = 40
 """Kernels of each class at which the device's cost is held on to."""
 
 FACTOR_LIMIT = 1.6
+_OWN_FACTORS = ("fp32", "int8")
 _FACTOR_SPREAD = 0.15
 _SLOPE_SPREAD = 0.1
 _RATIO_NOISE = 0.05
@@ -41,20 +42,21 @@ class LoweredKernel:
     def signature(self) -> tuple[object, ...]:
         """What it has in common with the kernel that the runtime names otherwise."""
         work = self.work
-        return (self.kind, round(float(work.macs)), round(float(work.weight_bytes)), round(float(work.points)))
+        counts = (work.macs, work.windows, work.weight_bytes, work.points)
+        return (self.kind, *(round(float(count)) for count in counts))
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What a layer's kernel takes of its class's time: ``level`` at ``macs``, growing with their power ``slope``."""
+    """What a layer's kernel takes of its class's time: ``level`` at a ``size``, growing with its power ``slope``."""
 
     level: float
     slope: float
-    macs: float
+    size: float
 
-    def at(self, macs: Number) -> Number:
-        """The factor at other widths."""
-        found = self.level * np.power(np.maximum(macs, 1.0) / self.macs, self.slope)
+    def at(self, size: Number) -> Number:
+        """The factor at other widths; sizes are those of ``kernels.cost_size``."""
+        found = self.level * np.power(np.maximum(size, 1.0) / self.size, self.slope)
         return np.clip(found, 1 / FACTOR_LIMIT, FACTOR_LIMIT)
 
 
@@ -70,7 +72,7 @@ class Refinement:
         coefficients = self.coefficients[kind]
         microseconds = cost_us(coefficients if whole else (0.0, *coefficients[1:]), work)
         factor = self.factors.get((label, kind)) if whole else None
-        return microseconds if factor is None else factor.at(work.macs) * microseconds
+        return microseconds if factor is None else factor.at(cost_size(work)) * microseconds
 
 
 def refine(
@@ -113,10 +115,10 @@ def refine(
             net = max(seen.microseconds - fit.timing_us.get(seen.kind, 0.0), 0.3)
             timed[LoweredKernel("", seen.kind, seen.work).signature].append(net)
         for kernel in kernels:
-            own = timed.get(kernel.signature) if kernel.work.macs else None
+            own = timed.get(kernel.signature) if KINDS[kernel.kind] in _OWN_FACTORS else None
             predicted = float(cost_us(refined[kernel.kind], kernel.work))
             if own and predicted > 1.0:
-                ratio = (float(np.log(kernel.work.macs)), float(np.log(np.mean(own) / predicted)))
+                ratio = (float(np.log(cost_size(kernel.work))), float(np.log(np.mean(own) / predicted)))
                 ratios[kernel.label, kernel.kind].append(ratio)
     return Refinement(refined, {place: _factor(logs) for place, logs in ratios.items()})
 
