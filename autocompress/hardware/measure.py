@@ -37,6 +37,10 @@ from autocompress.runtime.timing import LatencyStats, measure_latency
 logger = logging.getLogger(__name__)
 
 _MODELS = 52
+_MODELS_OF_THREADS = 36
+"""With several threads each session must wait for the last one's workers, so fewer models fit into a minute."""
+
+_ENOUGH = 5
 _SECONDS_EACH = 0.12
 _REPEATED = 10
 _SEED = 20
@@ -80,7 +84,7 @@ def measure_profile(
     threads: int = 1,
     batch: int = 1,
     progress: Progress | None = None,
-    models: int = _MODELS,
+    models: int | None = None,
     runtime: str = DEFAULT_RUNTIME,
 ) -> FittedProfile:
     """Measures this machine now.
@@ -89,7 +93,7 @@ def measure_profile(
         threads: threads of one run.
         batch: samples of one run.
         progress: told how far it is.
-        models: synthetic models to time; their seed is fixed.
+        models: synthetic models to time, fewer with several threads by default; their seed is fixed.
         runtime: whose kernels are measured.
     """
     progress = progress or SilentProgress()
@@ -97,6 +101,8 @@ def measure_profile(
     rng = np.random.default_rng(_SEED)
     block = _detect_block(rng, threads, runtime)
     progress.stage("choose models", None)
+    if models is None:
+        models = _MODELS if threads == 1 else _MODELS_OF_THREADS
     samples = choose_samples(models, rng, block, weight_only=runtime == DEFAULT_RUNTIME)
     measured = profile_kernels(
         [sample.model for sample in samples], block, threads=threads, batch=batch, runtime=runtime, progress=progress
@@ -160,11 +166,11 @@ def _time_whole(
         for index, sample in enumerate(samples):
             paths[str(index)] = Path(folder) / f"{index}.onnx"
             paths[str(index)].write_bytes(sample.model)
-        first = measure_latency(
-            paths, threads=threads, batch=batch, seconds_each=_SECONDS_EACH, progress=progress, runtime=runtime
-        )
-        few = {name: paths[name] for name in list(paths)[:_REPEATED]}
-        second = measure_latency(
-            few, threads=threads, batch=batch, seconds_each=_SECONDS_EACH, progress=progress, runtime=runtime
-        )
-    return [first[name] for name in paths], [second[name] for name in few]
+        first, second = (
+            measure_latency(
+                chosen, threads=threads, batch=batch, seconds_each=_SECONDS_EACH, enough=_ENOUGH, progress=progress,
+                runtime=runtime,
+            )
+            for chosen in (paths, {name: paths[name] for name in list(paths)[:_REPEATED]})
+        )  # fmt: skip
+    return [first[name] for name in paths], list(second.values())

@@ -134,6 +134,16 @@ def test_int8_latency_by_hand() -> None:
     assert estimate.per_kernel["edge:input"] * 1e3 == pytest.approx(2.0)
 
 
+def test_where_float_meets_int8_both_forms_take_memory() -> None:
+    make = GraphMaker()
+    x = make.relu(make.conv(make.tensor("input", (3, 8, 8)), 8))
+    graph = make.build(make.head(make.relu(make.conv(x, 4)), 10))
+    second = graph.compressible[1].name
+    peak = FittedCostModel(make_profile()).lower(graph).price([CompressionPlan(layers={second: INT8})])
+    # The first convolution writes floats, which are quantized for the second while the input is still there.
+    assert peak.peak_memory_bytes[0] == 4 * 3 * 64 + 4 * 8 * 64 + 8 * 64
+
+
 def test_mixed_types_pay_for_their_edges(graph: ModelGraph, skeleton: Skeleton) -> None:
     names = skeleton.layer_names
     alternating = skeleton.estimate(CompressionPlan(layers={name: INT8 for name in names[::2]}))

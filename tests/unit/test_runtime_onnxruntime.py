@@ -113,5 +113,32 @@ def test_where_nothing_was_quiet_the_least_disturbed_windows_count() -> None:
     assert stats.median_ms == pytest.approx(3.0)
 
 
+class Machine:
+    """Clocks of a machine whose workers spin on for some seconds."""
+
+    def __init__(self, spinning_s: float) -> None:
+        self.now, self.spinning_s, self.sleeps = 0.0, spinning_s, 0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return min(self.now, self.spinning_s)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.sleeps += 1
+
+
+@pytest.mark.parametrize(("threads", "spinning_s", "waited_s"), [(2, 0.035, 0.04), (2, 9.0, 0.2), (1, 9.0, 0.0)])
+def test_sessions_of_several_threads_wait_for_the_last_ones_workers(
+    threads: int, spinning_s: float, waited_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(spinning_s)
+    monkeypatch.setattr(timing, "time", machine)
+    timing.settle(threads)
+    assert machine.now == pytest.approx(waited_s, abs=2 * timing.SETTLING_S)
+
+
 def test_version() -> None:
     assert version()[0].isdigit()
