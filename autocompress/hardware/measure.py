@@ -37,10 +37,6 @@ from autocompress.runtime.timing import LatencyStats, measure_latency
 logger = logging.getLogger(__name__)
 
 _MODELS = 52
-_MODELS_OF_THREADS = 36
-"""With several threads each session must wait for the last one's workers, so fewer models fit into a minute."""
-
-_ENOUGH = 5
 _SECONDS_EACH = 0.12
 _REPEATED = 10
 _SEED = 20
@@ -84,7 +80,7 @@ def measure_profile(
     threads: int = 1,
     batch: int = 1,
     progress: Progress | None = None,
-    models: int | None = None,
+    models: int = _MODELS,
     runtime: str = DEFAULT_RUNTIME,
 ) -> FittedProfile:
     """Measures this machine now.
@@ -93,7 +89,7 @@ def measure_profile(
         threads: threads of one run.
         batch: samples of one run.
         progress: told how far it is.
-        models: synthetic models to time, fewer with several threads by default; their seed is fixed.
+        models: synthetic models to time; their seed is fixed.
         runtime: whose kernels are measured.
     """
     progress = progress or SilentProgress()
@@ -101,8 +97,6 @@ def measure_profile(
     rng = np.random.default_rng(_SEED)
     block = _detect_block(rng, threads, runtime)
     progress.stage("choose models", None)
-    if models is None:
-        models = _MODELS if threads == 1 else _MODELS_OF_THREADS
     samples = choose_samples(models, rng, block, weight_only=runtime == DEFAULT_RUNTIME)
     measured = profile_kernels(
         [sample.model for sample in samples], block, threads=threads, batch=batch, runtime=runtime, progress=progress
@@ -168,9 +162,8 @@ def _time_whole(
             paths[str(index)].write_bytes(sample.model)
         first, second = (
             measure_latency(
-                chosen, threads=threads, batch=batch, seconds_each=_SECONDS_EACH, enough=_ENOUGH, progress=progress,
-                runtime=runtime,
+                chosen, threads=threads, batch=batch, seconds_each=_SECONDS_EACH, progress=progress, runtime=runtime
             )
             for chosen in (paths, {name: paths[name] for name in list(paths)[:_REPEATED]})
-        )  # fmt: skip
+        )
     return [first[name] for name in paths], list(second.values())

@@ -47,7 +47,7 @@ def profile_kernels(
     sessions = [profiled(runtime, model, random_feed(model, batch, rng), threads) for model in models]
     workers = threads if load_runtime(runtime).spins else 1
     progress.stage("profile kernels", TURNS)
-    for _ in range(TURNS if workers == 1 else TURNS - 1):
+    for _ in range(TURNS):
         for index in rng.permutation(len(sessions)):
             settle(workers)
             until, runs = time.perf_counter() + TURN_S, 0

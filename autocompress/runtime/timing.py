@@ -74,7 +74,6 @@ def measure_latency(
     threads: int = 1,
     batch: int = 1,
     seconds_each: float = 1.0,
-    enough: int = ENOUGH,
     progress: Progress | None = None,
     runtime: str = DEFAULT_RUNTIME,
 ) -> dict[str, LatencyStats]:
@@ -84,7 +83,6 @@ def measure_latency(
         models: name to ONNX file.
         threads: threads of each session.
         batch: samples a run; inputs are fixed random numbers.
-        enough: undisturbed windows of each model after which no more are taken.
         seconds_each: time spent on each model, the reference kernel aside; up to twice as long where other
             work on the machine disturbs most windows.
         progress: told of each round.
@@ -105,7 +103,7 @@ def measure_latency(
         for _ in range(MIN_RUNS):
             run()
     workers = threads if opened.spins else 1
-    rounds = max(enough, round(seconds_each / WINDOW_S))
+    rounds = max(ENOUGH, round(seconds_each / WINDOW_S))
     windows: dict[str, list[_Window]] = {name: [] for name in runners}
     order = np.random.default_rng(0)
     names = list(runners)
@@ -113,7 +111,7 @@ def measure_latency(
     settle(workers)
     before = _reference_time(reference)
     for done in range(rounds * PATIENCE):
-        if done >= rounds and all(len(_quiet(w, _floor(windows), workers)) >= enough for w in windows.values()):
+        if done >= rounds and all(len(_quiet(w, _floor(windows), workers)) >= ENOUGH for w in windows.values()):
             break
         for index in order.permutation(len(names)):
             runs, busy = _time_window(runners[names[index]])
