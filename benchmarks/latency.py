@@ -378,6 +378,9 @@ def write(out: Path, seed: int) -> None:
                               sort=False).reset_index()
         ),
     ]  # fmt: skip
+    reasons = out / "missed.md"
+    if reasons.exists():
+        lines.append(reasons.read_text(encoding="utf-8"))
     (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
