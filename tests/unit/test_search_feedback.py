@@ -56,7 +56,8 @@ def test_prices_move_towards_what_was_measured_once_applied(tmp_path: Path) -> N
     assert (skeleton.price(PLANS).latency_ms == before).all()
     feedback.apply()
     after = skeleton.price(PLANS).latency_ms
-    assert (after > 1.08 * before).all()
+    # Four new measurements stand against a dozen anchors that were exactly as predicted.
+    assert (after > 1.05 * before).all()
     assert skeleton.price([CompressionPlan()]).latency_ms[0] == pytest.approx(dense_ms, rel=0.05)
     assert feedback.take(measured, original(dense_ms)) == 0
 
