@@ -38,16 +38,6 @@ RUNTIME = "onnxruntime"
 MORE_S = 15.0
 """A finished run goes on when resumed with at least this many seconds more."""
 
-MANIFEST = (
-    "config.yaml",
-    "space.json",
-    "profile.yaml",
-    "environment.json",
-    "trials.csv",
-    "front.json",
-    "front.csv",
-    "rejected.csv",
-)
 PACKAGES = ("torch", "torchvision", "onnxruntime", "onnx", "optuna", "torch-pruning", "fvcore", "numpy")
 
 

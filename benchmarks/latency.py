@@ -364,7 +364,8 @@ def write(out: Path, seed: int) -> None:
                 f"{held.kendall_tau:.3f}, floor {100 * (held.repeat_floor or 0):.1f}%.\n"
             )
     lines += [
-        f"Pricing: {speed:,.0f} ResNet-50 plans a second on one thread, every plan another (bar 20,000).\n",
+        f"Pricing: {speed:,.0f} ResNet-50 plans a second on one thread, every plan another, with the "
+        "profile alone (bar 20,000).\n",
         "## This model\n",
         markdown(table[table["predictor"] == PREDICTORS["predicted_ms"]].drop(columns=["predictor"])),
         "Measured is the geometric mean of two passes over all anchors and plans; the floor is the median distance "

@@ -29,7 +29,8 @@ from autocompress.hardware.kernels import (
     cold_megabytes,
     cost_us,
 )  # fmt: skip
-from autocompress.hardware.lowering import Emit, Lowering
+from autocompress.hardware.lowering import Lowering
+from autocompress.hardware.placement import Emit
 from autocompress.hardware.profile import FittedProfile, KernelCost
 from autocompress.hardware.profilers import noise_of
 from autocompress.hardware.refinement import LoweredKernel, Refinement, refine

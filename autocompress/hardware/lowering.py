@@ -13,7 +13,6 @@ The rules below were read off the runtime's optimized graphs:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,12 +31,9 @@ from autocompress.hardware.kernels import (
     pool_work,
     round_up,
 )  # fmt: skip
+from autocompress.hardware.placement import Placement
 from autocompress.hardware.steps import Mask, Step, lifted_tensors
 from autocompress.methods.quantization import FOLLOWERS, FUSED_ACTIVATIONS
-from autocompress.plan import ModelGraph
-
-Emit = Callable[[str, str, Work, Mask, bool], None]
-"""``emit(label, kind, work, mask, whole)``; without ``whole`` the work joins a kernel already emitted."""
 
 _FOLLOWER_KINDS = {
     "Concat": ("concat_fp32", "concat_int8"), "MaxPool": ("pool_fp32", "pool_int8"),
@@ -51,26 +47,9 @@ CHANNEL_STEP = 4
 
 
 @dataclass
-class Lowering:
-    """One pass over a graph for a batch of plans; ``run`` emits every kernel.
+class Lowering(Placement):
+    """One pass over a graph for a batch of plans; ``run`` emits every kernel."""
 
-    Args:
-        dims: the shape of each tensor, an entry being a number or one a plan.
-        int8: for each weight layer the plans in which it computes in int8.
-        held: the plans in which each activation is int8 (from ``quantized_tensors``).
-        block: channels the runtime packs together (0: it never packs).
-        batch: samples of one run.
-    """
-
-    graph: ModelGraph
-    steps: tuple[Step, ...]
-    dims: Mapping[str, tuple[Number, ...]]
-    int8: Mapping[str, Mask]
-    held: Mapping[str, Mask]
-    count: int
-    block: int
-    batch: int
-    emit: Emit
     packed: dict[str, Mask] = field(default_factory=dict)
     channels_last: dict[str, Mask] = field(default_factory=dict)
     unpack: dict[str, Mask] = field(default_factory=dict)
@@ -81,8 +60,7 @@ class Lowering:
     absorbed: dict[str, Mask] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.none = np.zeros(self.count, dtype=bool)
-        self.all = ~self.none
+        super().__post_init__()
         self.held = lifted_tensors(self.graph, self.held)
 
     def run(self) -> None:
@@ -114,12 +92,6 @@ class Lowering:
 
     # ------------------------------------------------------------------------------------- tensors at edges
 
-    def _elements(self, tensor: str) -> Number:
-        count: Number = self.batch
-        for size in self.dims[tensor]:
-            count = count * size
-        return count
-
     def _positions(self, tensor: str) -> int:
         """Places of an image, each with all its channels."""
         return self.batch * int(np.prod([int(size) for size in self.dims[tensor][1:]]))
@@ -130,9 +102,6 @@ class Lowering:
         for size in shape[1:]:
             count = count * size
         return count
-
-    def _is_held(self, tensor: str) -> Mask:
-        return self.held.get(tensor, self.none)
 
     def _read_float(self, tensor: str, mask: Mask, wants_packed: Mask | None = None) -> None:
         """A kernel that runs under ``mask`` reads the tensor as float32, packed where it wants that."""
@@ -239,17 +208,9 @@ class Lowering:
         self._mark(self.packed, step.result, floating & ~plain)
         self._quantize(step.result, floating)
 
-    def _mask(self, condition: Number) -> Mask:
-        return condition if isinstance(condition, np.ndarray) else (self.all if condition else self.none)
-
     def _product(self, step: Step) -> None:
         layer = step.layer
-        first = self.dims[layer.inputs[0]]
-        rows: Number = self.batch
-        for size in first[:-1]:
-            rows = rows * size
-        name = "gemm" if layer.op == "Gemm" else "matmul"
-        inputs, outputs = first[-1], self.dims[layer.outputs[0]][-1]
+        name, rows, inputs, outputs = self._factors(step)
         computes_int8 = self.int8.get(layer.name, self.none) if step.weight else self.none
         for kind, mask in ((f"{name}_int8", computes_int8), (f"{name}_fp32", ~computes_int8)):
             if mask.any():

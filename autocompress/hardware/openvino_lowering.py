@@ -177,12 +177,7 @@ class OpenvinoLowering(OpenvinoTensors):
 
     def _product(self, step: Step) -> None:
         layer = step.layer
-        first = self.dims[layer.inputs[0]]
-        rows: Number = self.batch
-        for size in first[:-1]:
-            rows = rows * size
-        name = "gemm" if layer.op == "Gemm" else "matmul"
-        inputs, outputs = first[-1], self.dims[layer.outputs[0]][-1]
+        name, rows, inputs, outputs = self._factors(step)
         int8 = self.int8.get(layer.name, self.none) if step.weight else self.none
         for tensor in layer.activations:
             self._read_float(tensor, ~int8, self._is_held(step.result))

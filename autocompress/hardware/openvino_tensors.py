@@ -2,59 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from autocompress.hardware.kernels import Number, move_work
-from autocompress.hardware.lowering import Emit
+from autocompress.hardware.kernels import move_work
 from autocompress.hardware.openvino_patterns import never_negative
-from autocompress.hardware.steps import Mask, Step
+from autocompress.hardware.placement import Placement
+from autocompress.hardware.steps import Mask
 from autocompress.methods.quantization import FOLLOWERS
-from autocompress.plan import Layer, ModelGraph, is_weight_layer
+from autocompress.plan import Layer, is_weight_layer
 
 
 @dataclass
-class OpenvinoTensors:
-    """Where each tensor lies, as integers or floats and in which layout; conversions are emitted as readers ask.
+class OpenvinoTensors(Placement):
+    """Where each tensor lies, as integers or floats and in which layout; conversions are emitted as readers ask."""
 
-    Arguments are those of ``lowering.Lowering``.
-    """
-
-    graph: ModelGraph
-    steps: tuple[Step, ...]
-    dims: Mapping[str, tuple[Number, ...]]
-    int8: Mapping[str, Mask]
-    held: Mapping[str, Mask]
-    count: int
-    block: int
-    batch: int
-    emit: Emit
     integers: dict[str, Mask] = field(default_factory=dict)
     """Under which plans a tensor lies in memory as integers."""
     channels_last: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.none = np.zeros(self.count, dtype=bool)
-        self.all = ~self.none
+        super().__post_init__()
         self._results = {step.layer.name: step.result for step in self.steps}
         self._wants: dict[str, Mask] = {}
         self._dequantized: dict[tuple[str, bool], Mask] = {}
         self._pending: dict[str, tuple[Mask, bool]] = {}
         self._from_zero = never_negative(self.graph)
-
-    def _elements(self, tensor: str) -> Number:
-        count: Number = self.batch
-        for size in self.dims[tensor]:
-            count = count * size
-        return count
-
-    def _mask(self, condition: Number) -> Mask:
-        return condition if isinstance(condition, np.ndarray) else (self.all if condition else self.none)
-
-    def _is_held(self, tensor: str) -> Mask:
-        return self.held.get(tensor, self.none)
 
     def _in_integers(self, tensor: str) -> Mask:
         return self.integers.get(tensor, self.none)

@@ -233,8 +233,3 @@ def _readers(graph: ModelGraph, group: Group) -> set[str]:
 
 def _format_distance(a: LayerPlan, b: LayerPlan) -> int:
     return 100 * (a.compute != b.compute) + abs(a.storage.bits - b.storage.bits)
-
-
-def group_counts(graph: ModelGraph, groups: Mapping[str, int]) -> dict[str, int]:
-    """The counts of all groups, those a plan leaves out at full size."""
-    return {group.id: groups.get(group.id, group.size) for group in graph.groups}
