@@ -1,0 +1,115 @@
+"""From a request to the plan of this model: what each layer becomes, and why some stay in float."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from autocompress.errors import UsageError, nearest_names
+from autocompress.exporting.options import ExportOptions
+from autocompress.methods.quantization import fused_output
+from autocompress.patterns import match_layers
+from autocompress.plan import CompressionPlan, Compute, Layer, LayerPlan, ModelGraph
+
+MATRICES_ONLY = ("int8_dynamic", "weight_only")
+"""Types whose kernels multiply matrices; the runtime has none for convolutions."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plan, and for each layer that stays in float32 against the request as a whole, the reason."""
+
+    plan: CompressionPlan
+    reasons: dict[str, str]
+
+
+def choose(graph: ModelGraph, options: ExportOptions) -> Chosen:
+    """Applies a request to a model: ``--compute`` or ``--plan``, then each ``--layer``, then ``--freeze``.
+
+    Raises:
+        UsageError: a pattern matches nothing, a layer is asked for what it cannot do, or no layer can do it.
+    """
+    names = [layer.name for layer in graph.compressible]
+    if not names:
+        raise UsageError("the model has no Conv, Linear or constant MatMul layer: there is nothing to compress")
+    wanted = options.base.layer_plan(options.block)
+    layers: dict[str, LayerPlan] = {}
+    reasons: dict[str, str] = {}
+    for layer in graph.compressible:
+        reason = unable(graph, layer, wanted.compute)
+        layers[layer.name] = wanted if reason is None else LayerPlan()
+        if reason is not None:
+            reasons[layer.name] = reason
+    if len(reasons) == len(names):
+        raise UsageError(f"--compute {wanted.compute}: no layer of the model can be: {next(iter(reasons.values()))}")
+    if options.plan is not None:
+        for name, given in _read_layers(options.plan, names).items():
+            _require(graph, name, given.compute, f"--plan {str(options.plan)!r}")
+            layers[name] = given
+            reasons.pop(name, None)
+    for rule in options.rules:
+        origin = f"--layer '{rule.pattern}={rule.compute}'"
+        for name in sorted(match_layers([rule.pattern], names, origin)):
+            _require(graph, name, rule.compute, origin)
+            layers[name] = rule.layer_plan(options.block)
+            reasons.pop(name, None)
+    for name in match_layers(options.freeze, names) if options.freeze else ():
+        layers[name] = LayerPlan()
+        reasons[name] = "frozen"
+    ordered = {name: reasons[name] for name in names if name in reasons}
+    return Chosen(CompressionPlan(layers={n: p for n, p in layers.items() if p != LayerPlan()}), ordered)
+
+
+def unable(graph: ModelGraph, layer: Layer, compute: Compute) -> str | None:
+    """Why the runtime has no kernel of this type for the layer; None where it has one."""
+    if compute in MATRICES_ONLY and layer.op == "Conv":
+        return f"{compute} multiplies matrices, and this is a convolution: int8 is what makes it smaller and faster"
+    if compute in ("int8", *MATRICES_ONLY) and layer.op != "Conv" and len(graph.tensors[layer.inputs[1]].shape) != 2:
+        return "its weight is not one matrix, for which the runtime has no integer kernel"
+    if compute == "int8" and layer.op == "Conv" and fused_output(graph, layer) in graph.outputs:
+        return "an integer convolution cannot give the model's float output"
+    return None
+
+
+def _require(graph: ModelGraph, name: str, compute: Compute, origin: str) -> None:
+    reason = unable(graph, graph.by_name[name], compute)
+    if reason is not None:
+        raise UsageError(f"{origin}: layer {name!r} cannot be {compute}: {reason}")
+
+
+def _read_layers(path: Path, names: Iterable[str]) -> dict[str, LayerPlan]:
+    """The layers of a stored plan; its widths and recipe are another model's and are not applied."""
+    names = list(names)
+    plan = _read_plan(path)
+    unknown = [name for name in plan.layers if name not in names]
+    if unknown:
+        raise UsageError(
+            f"--plan {str(path)!r} names layer {unknown[0]!r}, which this model does not have; "
+            f"nearest: {nearest_names(unknown[0], names)[0]!r}; it was made for another model"
+        )
+    return plan.layers
+
+
+def _read_plan(path: Path) -> CompressionPlan:
+    from autocompress.export.checkpoint import PLAN, read_plan
+
+    file = path / PLAN if path.is_dir() else path
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--plan {str(path)!r} cannot be read as a plan ({error}); give RUN/models/ID, its plan.json, or the JSON "
+            "of a CompressionPlan"
+        ) from error
+    if isinstance(stored, dict) and "schema" in stored:
+        return read_plan(file)[1]
+    try:
+        return CompressionPlan.model_validate(stored)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"--plan {str(path)!r} is no plan: {where}: {first['msg']}") from error

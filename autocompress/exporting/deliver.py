@@ -1,0 +1,191 @@
+"""From a model and a request to a folder with a checked, measured file: what ``autocompress export`` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from autocompress.environment import environment_facts
+from autocompress.errors import ArtifactError
+from autocompress.export.checkpoint import save_checkpoint
+from autocompress.export.files import write_atomic
+from autocompress.export.onnx import write_onnx
+from autocompress.exporting.choices import Chosen, choose
+from autocompress.exporting.comparing import as_model, as_simulation, batch_size, compare, score
+from autocompress.exporting.folder import building
+from autocompress.exporting.handle import ExportedModel
+from autocompress.exporting.metrics import (
+    ARTIFACT,
+    METRICS,
+    ORIGINAL,
+    Calibration,
+    Comparison,
+    Environment,
+    ExportMetrics,
+    Sizes,
+    SplitQuality,
+    Timing,
+    Timings,
+)
+from autocompress.exporting.options import ExportOptions
+from autocompress.exporting.subject import Subject
+from autocompress.exporting.samples import batches
+from autocompress.graph.read import read_model
+from autocompress.methods.compressed import CompressedModel
+from autocompress.methods.database import LayerDatabase
+from autocompress.methods.simulation import build_compressed
+from autocompress.methods.statistics import collect
+from autocompress.graph.executor import build_module
+from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph
+from autocompress.progress import Progress
+from autocompress.runtime.base import DEFAULT_RUNTIME, load_runtime
+from autocompress.runtime.kernels import KernelReport, check_kernels
+from autocompress.runtime.timing import LatencyStats, measure_latency
+
+logger = logging.getLogger(__name__)
+
+COMPARED = 10_000
+"""Samples on which original and export are compared, at most."""
+
+SIMULATED = 1_000
+"""Samples on which the torch simulation is run, at most."""
+
+SECONDS_EACH = 1.0
+MOST_THREADS = 2
+
+
+def export_subject(
+    subject: Subject, options: ExportOptions, out: Path | None, progress: Progress
+) -> ExportedModel:
+    """Exports a model as asked for, checks what the runtime makes of it, and measures it beside the original.
+
+    Nothing is left where it fails: the folder is built beside its place and renamed into it.
+
+    Raises:
+        UsageError: the request does not fit the model, or torch cannot export it.
+        ArtifactError: the runtime executes the file otherwise than planned.
+    """
+    with building(out, f"{subject.name}-{options.label}") as folder:
+        progress.stage("read the model")
+        graph, weights = read_model(subject.model, subject.example_inputs)
+        chosen = choose(graph, options)
+        progress.stage("calibrate")
+        size = batch_size(graph)
+        original = CompressedModel(graph=graph, weights=weights, plan=CompressionPlan())
+        compressed = _compressed(graph, weights, chosen.plan, subject, options, size)
+        progress.stage("export")
+        sizes = Sizes(
+            original=write_onnx(original, folder.path / ORIGINAL),
+            export=write_onnx(compressed, folder.path / ARTIFACT),
+        )
+        save_checkpoint(compressed, folder.path)
+        report = checked_kernels(compressed, folder.path / ARTIFACT, options.threads)
+        quality, outputs, simulation = _judged(subject, compressed, folder.path, size, progress)
+        timed = measure_latency(
+            {"original": folder.path / ORIGINAL, "export": folder.path / ARTIFACT},
+            threads=options.threads,
+            seconds_each=SECONDS_EACH,
+            progress=progress,
+        )
+        metrics = ExportMetrics(
+            version=1,
+            name=subject.name,
+            label=options.label,
+            origin=subject.origin,
+            metric=subject.metric,
+            quality=quality,
+            outputs=outputs,
+            simulation=simulation,
+            latency_ms=Timings(original=_timing(timed["original"]), export=_timing(timed["export"])),
+            threads=options.threads,
+            size_bytes=sizes,
+            kernels=dict(report.counts),
+            layers=_counted(compressed),
+            float_layers=chosen.reasons,
+            calibration=Calibration(
+                samples=min(options.calibration_samples, len(subject.calibration)),
+                ranges=options.ranges,
+                equalize=options.equalize,
+                bias_correction=options.bias_correction,
+                seed=options.seed,
+            ),
+            environment=Environment.model_validate(environment_facts()),
+            digests=digests(folder.path),
+        )
+        write_atomic(folder.path / METRICS, metrics.model_dump_json(by_alias=True, indent=1).encode())
+        return ExportedModel(folder.finish(), metrics)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of an export but its metrics, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / METRICS)
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def checked_kernels(compressed: CompressedModel, artifact: Path, threads: int) -> KernelReport:
+    """What the runtime executes for an artifact.
+
+    Raises:
+        ArtifactError: it is not what the plan says.
+    """
+    report = load_runtime(DEFAULT_RUNTIME).executed_kernels(artifact, threads)
+    problems = check_kernels(compressed, report)
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise ArtifactError(
+            f"the runtime does not execute the file as planned, so nothing is written: {shown}; leave such a layer in "
+            "float with --freeze, or name another type for it with --layer"
+        )
+    return report
+
+
+def _compressed(
+    graph: ModelGraph,
+    weights: dict[str, torch.Tensor],
+    plan: CompressionPlan,
+    subject: Subject,
+    options: ExportOptions,
+    size: int,
+) -> CompressedModel:
+    given = [batch.inputs for batch in batches(subject.calibration, min(size, 128), options.calibration_samples)]
+    statistics = collect(build_module(graph, weights), given, options.seed)
+    return LayerDatabase(graph, weights, statistics).stitch(plan)
+
+
+def _judged(
+    subject: Subject, compressed: CompressedModel, folder: Path, size: int, progress: Progress
+) -> tuple[dict[str, SplitQuality], Comparison, Comparison]:
+    """Quality by split, original against export, and simulation against export."""
+    progress.stage("score", 1 + max(1, len(subject.scored)))
+    runtime = load_runtime(DEFAULT_RUNTIME)
+    threads = min(MOST_THREADS, torch.get_num_threads())
+    original = as_model(runtime.session(folder / ORIGINAL, threads))
+    export = as_model(runtime.session(folder / ARTIFACT, threads))
+    quality: dict[str, SplitQuality] = {}
+    outputs: Comparison | None = None
+    for split, samples in subject.scored.items():
+        found, compared = score(original, export, samples, subject.score, subject.metric, split, size)
+        quality[split] = found
+        outputs = compared if split == subject.compared_on else outputs
+        progress.advance()
+    if outputs is None:
+        outputs = compare(original, export, subject.compared, subject.compared_on, size, COMPARED)
+        progress.advance()
+    simulated = as_simulation(build_compressed(compressed))
+    simulation = compare(simulated, export, subject.compared, subject.compared_on, size, SIMULATED)
+    progress.advance()
+    return quality, outputs, simulation
+
+
+def _counted(compressed: CompressedModel) -> dict[str, int]:
+    plans = compressed.plan.layers
+    return dict(Counter(plans.get(layer.name, LayerPlan()).compute for layer in compressed.graph.compressible))
+
+
+def _timing(stats: LatencyStats) -> Timing:
+    return Timing(median=stats.median_ms, p95=stats.p95_ms, low=stats.low_ms, high=stats.high_ms)
