@@ -261,6 +261,7 @@ def export(
     """
     from autocompress.exporting.folder import check_free
     from autocompress.exporting.options import ExportOptions
+    from autocompress.hardware.profile import LOCAL, refuse_threads
 
     options = ExportOptions(
         compute=compute,
@@ -277,6 +278,7 @@ def export(
         seed=seed,
         archive=archive,
     )
+    refuse_threads(threads, LOCAL)
     folder = None if out is None else Path(out)
     check_free(folder)
     progress = progress or SilentProgress()
@@ -312,6 +314,11 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> list[Check]
         return verify_export(folder, progress)
     if given.is_file() and not is_of_run(given):
         return verify_file(given, progress)
+    if given.is_dir() and not any((given / name).is_file() for name in ("front.json", "config.yaml")):
+        raise UsageError(
+            f"{str(given)!r} is neither a run directory (it has no front.json) nor an export (no metrics.json of one); "
+            "give one of them, or an ONNX file"
+        )
     return verify_path(given, lambda config: task_of(config, progress), progress)
 
 

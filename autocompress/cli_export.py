@@ -33,7 +33,8 @@ def export(
         Path | None, typer.Option("--weights", metavar="FILE", help="The model's checkpoint: .safetensors or .pt.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", metavar="DIR", help="Where the data set is, or what your function is given.")
+        Path | None,
+        typer.Option("--data", metavar="DIR", help="Where the data set is, or what your function is given."),
     ] = None,
     compute: Annotated[
         str | None,
@@ -64,7 +65,9 @@ def export(
     ] = None,
     freeze: Annotated[
         list[str] | None,
-        typer.Option("--freeze", metavar="PATTERN", help="Layers that stay float32, whatever else is said. Repeatable."),
+        typer.Option(
+            "--freeze", metavar="PATTERN", help="Layers that stay float32, whatever else is said. Repeatable."
+        ),
     ] = None,
     calibration_samples: Annotated[
         int, typer.Option("--calibration-samples", metavar="N", help="Inputs that ranges are chosen on.")
@@ -75,9 +78,7 @@ def export(
     equalize: Annotated[
         str, typer.Option("--equalize", help="Move scales between layers first where it helps: auto, on or off.")
     ] = "auto",
-    no_bias_correction: Annotated[
-        bool, typer.Option("--no-bias-correction", help="Leave biases as they are.")
-    ] = False,
+    no_bias_correction: Annotated[bool, typer.Option("--no-bias-correction", help="Leave biases as they are.")] = False,
     threads: Annotated[int, typer.Option("--threads", metavar="N", help="Threads of the timed runs.")] = 1,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of every sampling.")] = 0,
     archive: Annotated[

@@ -56,23 +56,21 @@ def _times(ratio: float, word: str) -> str:
 def _drop_text(metric: Metric, found: SplitQuality) -> str:
     scale = points_per_unit(metric)
     # A drop is shown as what changes: the accuracy goes down where the drop is positive.
-    change, low, high = -found.drop * scale, -found.drop_ci95[1] * scale, -found.drop_ci95[0] * scale
+    change, low, high = (0.0 - value * scale for value in (found.drop, *reversed(found.drop_ci95)))
     unit = " points" if metric.unit == "fraction" else ""
     return f"{change:+.2f}{unit} (95%: {low:+.2f} to {high:+.2f})"
 
 
 def _outputs_line(metrics: ExportMetrics) -> str:
     outputs, simulation = metrics.outputs, metrics.simulation
-    parts = []
-    if outputs.top1_agreement is not None:
-        parts.append(f"agrees with fp32 on {outputs.top1_agreement:.1%}")
     noise = outputs.signal_to_noise_db
-    parts.append("no difference to fp32" if noise is None else f"signal to noise {noise:.1f} dB")
-    text = f"{', '.join(parts)} of {outputs.samples} {outputs.data} samples"
-    if outputs.top1_agreement is None or noise is None:
-        text = f"{', '.join(parts)} over {outputs.samples} {outputs.data} samples"
+    text = "outputs equal fp32's" if noise is None else f"signal to noise {noise:.1f} dB"
+    on = f"{outputs.samples} {outputs.data} samples"
+    if outputs.top1_agreement is None:
+        return f"{text} over {on}"
+    text = f"agrees with fp32 on {outputs.top1_agreement:.1%} of {on}, {text}"
     if simulation.top1_agreement is not None:
-        text += f"; its torch simulation agrees with the file on {simulation.top1_agreement:.1%}"
+        text += f"; with its torch simulation on {simulation.top1_agreement:.1%}"
     return text
 
 
@@ -83,13 +81,13 @@ def _kernels_line(metrics: ExportMetrics) -> str:
 
 
 def _notes(metrics: ExportMetrics) -> list[str]:
-    lines = [f"note: {note}" for note in metrics.calibration.notes]
+    lines = []
     by_reason: dict[str, list[str]] = {}
     for name, reason in metrics.float_layers.items():
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         more = f" and {len(names) - SHOWN_REASONS} more" if len(names) > SHOWN_REASONS else ""
         lines.append(f"stays fp32: {', '.join(names[:SHOWN_REASONS])}{more}: {reason}")
-    if metrics.speedup < 1.0:
+    if metrics.latency_ms.export.low > metrics.latency_ms.original.high:
         lines.append("note: this export is slower than fp32 here; widths this small or layers of this kind do not gain")
     return lines

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from autocompress.errors import UsageError, nearest_names
 from autocompress.exporting.options import ExportOptions
-from autocompress.methods.quantization import fused_output
+from autocompress.methods.post_training import stays_float
 from autocompress.patterns import match_layers
 from autocompress.plan import CompressionPlan, Compute, Layer, LayerPlan, ModelGraph
 
@@ -40,7 +40,7 @@ def choose(graph: ModelGraph, options: ExportOptions) -> Chosen:
     layers: dict[str, LayerPlan] = {}
     reasons: dict[str, str] = {}
     for layer in graph.compressible:
-        reason = unable(graph, layer, wanted.compute)
+        reason = None if wanted == LayerPlan() else unable(graph, layer, wanted.compute)
         layers[layer.name] = wanted if reason is None else LayerPlan()
         if reason is not None:
             reasons[layer.name] = reason
@@ -68,11 +68,7 @@ def unable(graph: ModelGraph, layer: Layer, compute: Compute) -> str | None:
     """Why the runtime has no kernel of this type for the layer; None where it has one."""
     if compute in MATRICES_ONLY and layer.op == "Conv":
         return f"{compute} multiplies matrices, and this is a convolution: int8 is what makes it smaller and faster"
-    if compute in ("int8", *MATRICES_ONLY) and layer.op != "Conv" and len(graph.tensors[layer.inputs[1]].shape) != 2:
-        return "its weight is not one matrix, for which the runtime has no integer kernel"
-    if compute == "int8" and layer.op == "Conv" and fused_output(graph, layer) in graph.outputs:
-        return "an integer convolution cannot give the model's float output"
-    return None
+    return stays_float(graph, layer, compute) or None
 
 
 def _require(graph: ModelGraph, name: str, compute: Compute, origin: str) -> None:

@@ -80,7 +80,9 @@ class _Difference:
         return Comparison(data=data, samples=self.samples, top1_agreement=agreement, signal_to_noise_db=worst)
 
 
-def compare(first: Model, second: Model, samples: Samples | TensorSplit, data: str, size: int, count: int) -> Comparison:
+def compare(
+    first: Model, second: Model, samples: Samples | TensorSplit, data: str, size: int, count: int
+) -> Comparison:
     """Runs up to ``count`` samples through both models; ``first`` is the signal."""
     found = _Difference()
     for batch in batches(samples, size, count):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import logging
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from autocompress.errors import ArtifactError
 from autocompress.export.checkpoint import save_checkpoint
 from autocompress.export.files import write_atomic
 from autocompress.export.onnx import write_onnx
-from autocompress.exporting.choices import Chosen, choose
+from autocompress.exporting.choices import choose
 from autocompress.exporting.comparing import as_model, as_simulation, batch_size, compare, score
 from autocompress.exporting.folder import building
 from autocompress.exporting.handle import ExportedModel
@@ -33,21 +31,17 @@ from autocompress.exporting.metrics import (
     Timings,
 )
 from autocompress.exporting.options import ExportOptions
-from autocompress.exporting.subject import Subject
 from autocompress.exporting.samples import batches
+from autocompress.exporting.subject import Subject
 from autocompress.graph.read import read_model
 from autocompress.methods.compressed import CompressedModel
-from autocompress.methods.database import LayerDatabase
+from autocompress.methods.post_training import CalibrationOptions, quantize_model
 from autocompress.methods.simulation import build_compressed
-from autocompress.methods.statistics import collect
-from autocompress.graph.executor import build_module
-from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph
+from autocompress.plan import CompressionPlan, LayerPlan
 from autocompress.progress import Progress
 from autocompress.runtime.base import DEFAULT_RUNTIME, load_runtime
 from autocompress.runtime.kernels import KernelReport, check_kernels
 from autocompress.runtime.timing import LatencyStats, measure_latency
-
-logger = logging.getLogger(__name__)
 
 COMPARED = 10_000
 """Samples on which original and export are compared, at most."""
@@ -59,9 +53,7 @@ SECONDS_EACH = 1.0
 MOST_THREADS = 2
 
 
-def export_subject(
-    subject: Subject, options: ExportOptions, out: Path | None, progress: Progress
-) -> ExportedModel:
+def export_subject(subject: Subject, options: ExportOptions, out: Path | None, progress: Progress) -> ExportedModel:
     """Exports a model as asked for, checks what the runtime makes of it, and measures it beside the original.
 
     Nothing is left where it fails: the folder is built beside its place and renamed into it.
@@ -74,10 +66,9 @@ def export_subject(
         progress.stage("read the model")
         graph, weights = read_model(subject.model, subject.example_inputs)
         chosen = choose(graph, options)
-        progress.stage("calibrate")
         size = batch_size(graph)
         original = CompressedModel(graph=graph, weights=weights, plan=CompressionPlan())
-        compressed = _compressed(graph, weights, chosen.plan, subject, options, size)
+        compressed = _compressed(original, chosen.plan, subject, options, size, progress)
         progress.stage("export")
         sizes = Sizes(
             original=write_onnx(original, folder.path / ORIGINAL),
@@ -113,6 +104,7 @@ def export_subject(
                 equalize=options.equalize,
                 bias_correction=options.bias_correction,
                 seed=options.seed,
+                chose=compressed.calibration,
             ),
             environment=Environment.model_validate(environment_facts()),
             digests=digests(folder.path),
@@ -145,16 +137,19 @@ def checked_kernels(compressed: CompressedModel, artifact: Path, threads: int) -
 
 
 def _compressed(
-    graph: ModelGraph,
-    weights: dict[str, torch.Tensor],
+    original: CompressedModel,
     plan: CompressionPlan,
     subject: Subject,
     options: ExportOptions,
     size: int,
+    progress: Progress,
 ) -> CompressedModel:
-    given = [batch.inputs for batch in batches(subject.calibration, min(size, 128), options.calibration_samples)]
-    statistics = collect(build_module(graph, weights), given, options.seed)
-    return LayerDatabase(graph, weights, statistics).stitch(plan)
+    """The plan carried out on the original's weights; a plan without layers changes nothing."""
+    if not plan.layers:
+        return original
+    given = (batch.inputs for batch in batches(subject.calibration, size, options.calibration_samples))
+    wanted = CalibrationOptions(ranges=options.ranges, seed=options.seed)
+    return quantize_model(original.graph, original.weights, plan, given, wanted, progress)
 
 
 def _judged(

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field, ValidationError
 
 from autocompress.errors import UsageError
+from autocompress.methods.calibration_report import CalibrationReport
 from autocompress.plan import Metric, Value
 
 SCHEMA = 1
@@ -77,14 +78,14 @@ class Sizes(Value):
 
 
 class Calibration(Value):
-    """What the ranges were chosen on, and how: as asked for."""
+    """What was asked for, and what calibration ``chose``; None where nothing was quantized."""
 
     samples: int
     ranges: str
     equalize: str
     bias_correction: bool
     seed: int
-    notes: tuple[str, ...] = ()
+    chose: CalibrationReport | None = None
 
 
 class Environment(Value):

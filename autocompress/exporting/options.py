@@ -100,7 +100,7 @@ class ExportOptions:
             if number < minimum:
                 raise UsageError(f"{flag} {number}: give {minimum} at least")
         if self.block < 16 or self.block & (self.block - 1):
-            raise UsageError(f"--block {self.block}: give a power of two of 16 at least; 128 is the fastest on most CPUs")
+            raise UsageError(f"--block {self.block}: give a power of two from 16 on, such as 128")
 
     @property
     def base(self) -> LayerRule:

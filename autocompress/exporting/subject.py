@@ -24,6 +24,8 @@ from autocompress.tasks.registry import MODELS
 from autocompress.tasks.splits import TensorSplit
 from autocompress.tasks.weights import load_weights
 
+Score = Callable[[Tensor, Tensor], Tensor]
+
 DEFAULT_TASK = "digits"
 
 HELD_OUT = 256
@@ -55,7 +57,7 @@ class Subject:
     compared_on: str
     scored: Mapping[str, Samples | TensorSplit] = field(default_factory=dict)
     metric: Metric = field(default_factory=Metric)
-    score: Callable[[Tensor, Tensor], Tensor] = correctness
+    score: Score = correctness
     origin: Origin | None = None
 
     @property
@@ -63,9 +65,7 @@ class Subject:
         return self.calibration.batch(slice(0, EXAMPLES)).inputs
 
 
-def origin_of(
-    model: str, task: str | None, weights: str | Path | None, data: str | Path | None
-) -> Origin:
+def origin_of(model: str, task: str | None, weights: str | Path | None, data: str | Path | None) -> Origin:
     """What was given, with paths that hold from any working directory."""
     paths = [None if path is None else str(Path(path).expanduser().absolute()) for path in (weights, data)]
     return Origin(model=model, task=task, weights=paths[0], data=paths[1])
@@ -97,7 +97,7 @@ def load_subject(origin: Origin, samples: int, seed: int = 0, progress: Progress
 def make_subject(model: nn.Module, calibration: object, test: object = None, samples: int = 128) -> Subject:
     """A subject of objects in memory: a module, inputs of any form that ``read_samples`` takes, and a test set."""
     if not isinstance(model, nn.Module):
-        raise UsageError(f"the model is a {type(model).__name__}; give a torch.nn.Module, a model's name or module:function")
+        raise UsageError(f"the model is a {type(model).__name__}; give a torch.nn.Module, a name or module:function")
     if calibration is None:
         raise UsageError(
             "there is no calibration data, and the ranges of activations are chosen on it; give calibration=: a "
@@ -185,6 +185,9 @@ def _assembled(name: str, fields: Mapping[str, Any], samples: int, origin: Origi
                 raise UsageError(f"the batches of {split} hold other inputs than those of {source}")
             scored[split] = found
     model = by_position(model, read)
+    score = fields.get("score") or correctness
+    for split, found in scored.items():
+        _check_score(model, found, score, split)
     kept, rest = read.take(slice(0, samples)), read.take(slice(samples, None))
     compared: tuple[str, Samples | TensorSplit] = ("calibration", kept)
     if len(rest):
@@ -199,9 +202,29 @@ def _assembled(name: str, fields: Mapping[str, Any], samples: int, origin: Origi
         compared_on=compared[0],
         scored={split: found for split, found in scored.items() if found.targets is not None},
         metric=metric_of(name, fields.get("metric"), fields.get("score") is not None),
-        score=fields.get("score") or correctness,
+        score=score,
         origin=origin,
     )
+
+
+def _check_score(model: nn.Module, samples: Samples | TensorSplit, score: Score, split: str) -> None:
+    """Scores two samples: what does not fit shows before any work is done."""
+    batch = samples.batch(slice(0, EXAMPLES))
+    if batch.target is None:
+        return
+    with torch.no_grad():
+        outputs = model(*batch.inputs)
+    outputs = outputs if isinstance(outputs, Tensor) else outputs[0]
+    shapes = f"outputs {tuple(outputs.shape)} and targets {tuple(batch.target.shape)}"
+    try:
+        given = score(outputs, batch.target)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise UsageError(f"the score fails on the {shapes} of {split}: {error}; give 'score', or no targets") from error
+    if tuple(given.shape) != (len(batch),):
+        raise UsageError(
+            f"the score gives shape {tuple(given.shape)} for the {shapes} of {split}; it must give one number a "
+            "sample: give 'score', or no targets"
+        )
 
 
 def by_position(model: nn.Module, samples: Samples) -> nn.Module:
@@ -231,7 +254,7 @@ def by_position(model: nn.Module, samples: Samples) -> nn.Module:
     flat = (outputs,) if isinstance(outputs, Tensor) else outputs
     if not isinstance(flat, (tuple, list)) or not flat or not all(isinstance(value, Tensor) for value in flat):
         raise UsageError(
-            f"{type(model).__name__} gives a {type(outputs).__name__}; it must give a tensor, several, or a dict of them"
+            f"{type(model).__name__} gives a {type(outputs).__name__}; it must give tensors or a dict of them"
         )
     return model
 

@@ -205,7 +205,9 @@ def _runner(session: Session, batch: int) -> Callable[[], object]:
         elif given.dtype in ("int64", "int32", "bool"):
             feed[given.name] = np.ones(shape, given.dtype)
         else:
-            raise UsageError(f"cannot time input {given.name!r} of type {given.dtype}: it must be float32, integer or bool")
+            raise UsageError(
+                f"cannot time input {given.name!r} of type {given.dtype}: it must be float32, integer or bool"
+            )
     return lambda: session.run(feed)
 
 
