@@ -19,7 +19,7 @@ from autocompress.methods.calibration import range_method
 from autocompress.methods.calibration_report import CalibrationReport
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.equalization import channel_maxima, equalize, find_links
-from autocompress.methods.quantization import activation_formats, assign_ranges, fused_output, weight_axis
+from autocompress.methods.quantization import activation_formats, assign_ranges, fused_output
 from autocompress.methods.registry import RANGE_METHODS
 from autocompress.methods.rounding import round_to_nearest, round_with_compensation, row_scales
 from autocompress.methods.simulation import build_compressed
@@ -121,7 +121,9 @@ def quantize_model(
     Raises:
         UsageError: there are no batches, or they hold something that is not a finite number.
     """
-    return _Quantizer(graph, weights, plan, batches, options or CalibrationOptions(), progress or SilentProgress()).run()
+    return _Quantizer(
+        graph, weights, plan, batches, options or CalibrationOptions(), progress or SilentProgress()
+    ).run()
 
 
 @dataclass(frozen=True)
