@@ -9,7 +9,7 @@ import numpy as np
 from autocompress.errors import UsageError
 from autocompress.export.builder import GraphBuilder
 from autocompress.methods.compressed import CompressedModel
-from autocompress.methods.quantization import affine_parameters
+from autocompress.methods.quantization import affine_parameters, gates, hard_sigmoid_line
 from autocompress.plan import Layer
 
 MOVERS = frozenset({"Flatten", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"})
@@ -43,6 +43,12 @@ class Activations:
         self.born_int8: set[str] = set()
         self._floats: dict[str, str] = {}
         self._per_axis: dict[str, str] = {}
+        self.swishes = {
+            product: self.graph.by_name[gate]
+            for gate, product in gates(self.graph).items()
+            if self.graph.by_name[gate].op == "Sigmoid" and self.graph.by_name[gate].inputs[0] in self.scales
+            and self.graph.by_name[gate].outputs[0] not in self.scales
+        }
         self._explicit_zero = {
             name for layer in self.graph.layers if layer.op in NEED_ZERO_POINTS for name in layer.activations
         }
@@ -148,6 +154,30 @@ class Activations:
         if layer.op not in MOVERS or source not in self.integers or any(o not in self.scales for o in layer.outputs):
             return False
         return layer.op != "MaxPool" or source in self.born_int8
+
+    def shifted(self, layer: Layer) -> bool:
+        """Writes a HardSigmoid from int8 to int8 as a change of scale, where the scales allow that.
+
+        ``clip(alpha x + beta, 0, 1)`` is a straight line that the integers' own limits clip: the integers of x, read
+        with another zero point, are the curve's before rounding.
+        """
+        source, result = layer.inputs[0], layer.outputs[0]
+        if layer.op != "HardSigmoid" or source not in self.integers or self.scales.get(result) != (1 / 255, 0):
+            return False
+        alpha, beta = hard_sigmoid_line(layer)
+        scale, zero = self.scales[source]
+        moved = zero - beta / (alpha * scale)
+        if not 0 <= round(moved) <= 255 or abs(moved - round(moved)) > 1e-3:
+            return False
+        line = self.out.node(
+            "DequantizeLinear",
+            [self.integers[source], self.out.constant(np.float32(scale)), self.out.constant(np.uint8(round(moved)))],
+        )
+        full = [self.out.constant(np.float32(1 / (255 * alpha))), self.out.constant(np.uint8(0))]
+        self.integers[result] = self.out.node("QuantizeLinear", [line, *full])
+        if source in self.born_int8:
+            self.born_int8.add(result)
+        return True
 
     def behind_clip(self, layer: Layer) -> str:
         """The layer's output, or that of the Relu or Clip that is its only reader."""

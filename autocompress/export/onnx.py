@@ -35,6 +35,9 @@ from autocompress.plan import Layer, LayerPlan, ModelGraph, Tensor, is_weight_la
 OPSET = 21
 IR_VERSION = 10
 
+CONTRIB = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+
 
 def to_onnx(compressed: CompressedModel, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
     """The model as ONNX: a dynamic batch, the model's own input and output names, checked.
@@ -71,7 +74,10 @@ class _Exporter:
         graph.initializer.extend(self.out.initializers)
         graph.input.extend(_value_info(self.graph.tensors[name]) for name in self.graph.inputs)
         graph.output.extend(_value_info(self.graph.tensors[name]) for name in self.graph.outputs)
-        made = onnx.ModelProto(ir_version=IR_VERSION, graph=graph, opset_import=[helper.make_opsetid("", OPSET)])
+        domains = [helper.make_opsetid("", OPSET)]
+        if any(node.domain == CONTRIB for node in self.out.nodes):
+            domains.append(helper.make_opsetid(CONTRIB, 1))
+        made = onnx.ModelProto(ir_version=IR_VERSION, graph=graph, opset_import=domains)
         for key, value in metadata.items():
             made.metadata_props.add(key=key, value=value)
         onnx.checker.check_model(made, full_check=True)
@@ -83,6 +89,11 @@ class _Exporter:
             inputs = [self.activations.integers[source], *(self._stored(i) for i in layer.inputs[1:])]
             self.out.layer(layer.op, inputs, self.activations.moved(layer), layer.attributes)
             self.activations.give(layer.outputs)
+            return
+        if self.activations.shifted(layer) or layer in self.activations.swishes.values():
+            return
+        if layer.name in self.activations.swishes:
+            self._swish(layer)
             return
         if is_weight_layer(layer):
             inputs = self._weight_layer(layer)
@@ -97,6 +108,16 @@ class _Exporter:
         for tensor, made in zip(layer.outputs, names, strict=True):
             if tensor:
                 self.activations.produced(tensor, made, layer.op)
+        self.activations.give(layer.outputs)
+
+    def _swish(self, layer: Layer) -> None:
+        """``x * sigmoid(x)`` of integers: one float kernel between two conversions is faster than two integer ones."""
+        source, result = self.activations.swishes[layer.name].inputs[0], layer.outputs[0]
+        made = self._output_name(result)
+        self.out.layer("QuickGelu", [self.activations.as_float(source)], [made], {"alpha": 1.0}, domain=CONTRIB)
+        if source in self.activations.born_int8:
+            self.activations.born_int8.add(result)
+        self.activations.produced(result, made)
         self.activations.give(layer.outputs)
 
     def _output_name(self, tensor: str) -> str:
