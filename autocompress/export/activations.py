@@ -32,6 +32,8 @@ class Activations:
         scales: scale and zero point of each tensor that the plan holds in 8 bits.
         integers: the name of each such tensor's integers, once they exist.
         born_int8: those that an integer kernel makes, and so lie in memory with channels last.
+        swishes: for each product ``x * sigmoid(x)`` of integers, the tensor x.
+        gates: the names of the Sigmoids that are part of those.
     """
 
     def __init__(self, compressed: CompressedModel, out: GraphBuilder) -> None:
@@ -43,12 +45,7 @@ class Activations:
         self.born_int8: set[str] = set()
         self._floats: dict[str, str] = {}
         self._per_axis: dict[str, str] = {}
-        self.swishes = {
-            product: self.graph.by_name[gate]
-            for gate, product in gates(self.graph).items()
-            if self.graph.by_name[gate].op == "Sigmoid" and self.graph.by_name[gate].inputs[0] in self.scales
-            and self.graph.by_name[gate].outputs[0] not in self.scales
-        }
+        self.swishes, self.gates = self._swishes()
         self._explicit_zero = {
             name for layer in self.graph.layers if layer.op in NEED_ZERO_POINTS for name in layer.activations
         }
@@ -68,6 +65,15 @@ class Activations:
             if layer.op in MOVERS and layer.inputs[0] in scales and all(o in scales for o in layer.outputs):
                 scales.update(dict.fromkeys(layer.outputs, scales[layer.inputs[0]]))
         return scales
+
+    def _swishes(self) -> tuple[dict[str, str], set[str]]:
+        products, parts = {}, set()
+        for gate, product in gates(self.graph).items():
+            layer = self.graph.by_name[gate]
+            if layer.op == "Sigmoid" and layer.inputs[0] in self.scales and layer.outputs[0] not in self.scales:
+                products[product] = layer.inputs[0]
+                parts.add(gate)
+        return products, parts
 
     def _clipped(self, tensor: str, low: float, high: float) -> tuple[float, float]:
         """The range within what the Relu or Clip before the tensor lets through.
@@ -112,6 +118,16 @@ class Activations:
             inputs = [self.integers[tensor], *self._scale_inputs(tensor)]
             self._floats[tensor] = self.out.node("DequantizeLinear", inputs, output)
         return self._floats[tensor]
+
+    def as_float_widened(self, tensor: str, channels: int) -> str:
+        """The tensor as float32 with more channels, all 0."""
+        scale, zero = self.scales[tensor]
+        rank = 1 + len(self.graph.tensors[tensor].shape)
+        ends = [0] * rank + [0, channels] + [0] * (rank - 2)
+        inputs = [self.integers[tensor], self.out.constant(np.array(ends, np.int64))]
+        if zero:
+            inputs.append(self.out.constant(np.uint8(zero)))
+        return self.out.node("DequantizeLinear", [self.out.node("Pad", inputs), *self._scale_inputs(tensor)])
 
     def as_float_per_axis(self, tensor: str) -> str:
         """The tensor as float32 through equal scales along an axis."""
