@@ -33,8 +33,8 @@ def activation_taps(ranges: Mapping[str, tuple[float, float]]) -> dict[str, Tap]
 def build_compressed(compressed: CompressedModel) -> GraphModule:
     """The compressed model as a torch module in evaluation mode.
 
-    Weights already lie on their grids; biases of int8 layers and activations that the plan holds in 8 bits are rounded as the runtime rounds
-    them.  The module takes and gives what the original does.
+    Weights already lie on their grids; biases of int8 layers, and activations that the plan holds in 8 bits, are
+    rounded as the runtime rounds them.  The module takes and gives what the original does.
     """
     module = GraphModule(compressed.graph, {**compressed.weights, **rounded_biases(compressed)})
     module.taps = activation_taps({name: compressed.ranges[name] for name in compressed.plan.activations})
@@ -43,7 +43,7 @@ def build_compressed(compressed: CompressedModel) -> GraphModule:
 
 
 def bias_integers(compressed: CompressedModel, layer: Layer) -> torch.Tensor | None:
-    """The int32 bias that the runtime adds to an int8 layer's sums, as float32; its step is input times weight scale."""
+    """The int32 bias that the runtime adds to an int8 layer's sums, as float32."""
     if len(layer.inputs) < 3 or not layer.inputs[2]:
         return None
     limit = 2.0**31 - 128  # the largest float32 below 2^31
