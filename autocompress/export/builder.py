@@ -51,9 +51,12 @@ class GraphBuilder:
         outputs: Sequence[str],
         attributes: Mapping[str, Attribute],
         name: str = "",
+        domain: str = "",
     ) -> None:
         """Adds a node of the model."""
         made = onnx.NodeProto(op_type=op, input=inputs, output=outputs)
+        if domain:
+            made.domain = domain
         if name:
             made.name = name
         made.attribute.extend(helper.make_attribute(key, value) for key, value in sorted(attributes.items()))

@@ -23,17 +23,18 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from autocompress.errors import UsageError
-from autocompress.export.activations import INTEGER_KERNELS, NEED_ZERO_POINTS, Activations
+from autocompress.export.activations import INTEGER_KERNELS, Activations
 from autocompress.export.builder import GraphBuilder
 from autocompress.export.files import write_atomic
-from autocompress.export.integers import along_channels, weight_integers
+from autocompress.export.weights import WeightLayers
 from autocompress.methods.compressed import CompressedModel
-from autocompress.methods.quantization import weight_axis
-from autocompress.plan import Layer, LayerPlan, ModelGraph, Tensor, is_weight_layer
+from autocompress.plan import Layer, ModelGraph, Tensor, is_weight_layer
 
 OPSET = 21
 IR_VERSION = 10
+
+CONTRIB = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
 
 
 def to_onnx(compressed: CompressedModel, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
@@ -59,6 +60,7 @@ class _Exporter:
         self.graph = compressed.graph
         self.out = GraphBuilder(frozenset((*self.graph.inputs, *self.graph.outputs)))
         self.activations = Activations(compressed, self.out)
+        self.weights = WeightLayers(compressed, self.activations, self.out)
         self.node_names = node_names(self.graph)
 
     def model(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
@@ -71,7 +73,10 @@ class _Exporter:
         graph.initializer.extend(self.out.initializers)
         graph.input.extend(_value_info(self.graph.tensors[name]) for name in self.graph.inputs)
         graph.output.extend(_value_info(self.graph.tensors[name]) for name in self.graph.outputs)
-        made = onnx.ModelProto(ir_version=IR_VERSION, graph=graph, opset_import=[helper.make_opsetid("", OPSET)])
+        domains = [helper.make_opsetid("", OPSET)]
+        if any(node.domain == CONTRIB for node in self.out.nodes):
+            domains.append(helper.make_opsetid(CONTRIB, 1))
+        made = onnx.ModelProto(ir_version=IR_VERSION, graph=graph, opset_import=domains)
         for key, value in metadata.items():
             made.metadata_props.add(key=key, value=value)
         onnx.checker.check_model(made, full_check=True)
@@ -80,23 +85,39 @@ class _Exporter:
     def _add(self, layer: Layer) -> None:
         source = layer.inputs[0] if layer.inputs else ""
         if self.activations.moves_integers(layer):
-            inputs = [self.activations.integers[source], *(self._stored(i) for i in layer.inputs[1:])]
+            inputs = [self.activations.integers[source], *(self.weights.stored(i) for i in layer.inputs[1:])]
             self.out.layer(layer.op, inputs, self.activations.moved(layer), layer.attributes)
             self.activations.give(layer.outputs)
             return
-        if is_weight_layer(layer):
-            inputs = self._weight_layer(layer)
-        elif layer.op == "MaxPool" and source in self.activations.integers:
-            inputs = [self.activations.as_float_per_axis(source)]
-        else:
-            inputs = [self._input(layer, i) for i in layer.inputs]
+        if layer.name in self.activations.gates or self.activations.shifted(layer):
+            return
+        if layer.name in self.activations.swishes:
+            self._swish(layer)
+            return
         if self._runs_in_int8(layer):
             self.activations.born_int8.add(self.activations.behind_clip(layer))
         names = [self._output_name(o) for o in layer.outputs]
-        self.out.layer(layer.op, inputs, names, layer.attributes, self.node_names.get(layer.name, ""))
+        if is_weight_layer(layer):
+            self.weights.write(layer, names[0], self.node_names[layer.name])
+        else:
+            if layer.op == "MaxPool" and source in self.activations.integers:
+                inputs = [self.activations.as_float_per_axis(source)]
+            else:
+                inputs = [self._input(layer, i) for i in layer.inputs]
+            self.out.layer(layer.op, inputs, names, layer.attributes)
         for tensor, made in zip(layer.outputs, names, strict=True):
             if tensor:
                 self.activations.produced(tensor, made, layer.op)
+        self.activations.give(layer.outputs)
+
+    def _swish(self, layer: Layer) -> None:
+        """``x * sigmoid(x)`` of integers: one float kernel between two conversions is faster than two integer ones."""
+        source, result = self.activations.swishes[layer.name], layer.outputs[0]
+        made = self._output_name(result)
+        self.out.layer("QuickGelu", [self.activations.as_float(source)], [made], {"alpha": 1.0}, domain=CONTRIB)
+        if source in self.activations.born_int8:
+            self.activations.born_int8.add(result)
+        self.activations.produced(result, made)
         self.activations.give(layer.outputs)
 
     def _output_name(self, tensor: str) -> str:
@@ -107,62 +128,12 @@ class _Exporter:
     def _input(self, layer: Layer, tensor: str) -> str:
         if not tensor:
             return ""
-        return self._stored(tensor) if tensor in layer.weights else self.activations.as_float(tensor)
-
-    def _stored(self, weight: str) -> str:
-        return self.out.constant(self.compressed.weights[weight].detach().cpu().numpy()) if weight else ""
-
-    def _weight_layer(self, layer: Layer) -> list[str]:
-        plan = self.compressed.plan.layers.get(layer.name, LayerPlan())
-        if plan.compute == "int8":
-            return self._int8_inputs(layer, plan)
-        source = layer.inputs[0]
-        quiet = source in self.activations.integers and self.activations.ends_in_int8(layer)
-        first = self.activations.as_float_per_axis(source) if quiet else self.activations.as_float(source)
-        if plan.storage.scheme != "affine":
-            weight = self._stored(layer.inputs[1])
-        else:
-            integers, scale = weight_integers(self.compressed, layer, plan)
-            stored = self.out.constant(integers, int4=plan.storage.bits == 4)
-            cast = self.out.node("Cast", [stored], to=int(onnx.TensorProto.FLOAT))
-            weight = self.out.node("Mul", [cast, self.out.constant(along_channels(layer, integers, scale))])
-        return [first, weight, *(self._input(layer, i) for i in layer.inputs[2:])]
-
-    def _int8_inputs(self, layer: Layer, plan: LayerPlan) -> list[str]:
-        source = layer.inputs[0]
-        if source not in self.activations.scales:
-            raise UsageError(f"layer {layer.name!r} computes in int8, but its input {source!r} has no 8-bit format")
-        integers, scale = weight_integers(self.compressed, layer, plan)
-        stored = self.out.constant(integers, int4=plan.storage.bits == 4)
-        if plan.storage.bits == 4:
-            stored = self.out.node("Cast", [stored], to=int(onnx.TensorProto.INT8))
-        parameters = [self.out.constant(scale)]
-        if layer.op in NEED_ZERO_POINTS:
-            parameters.append(self.out.constant(np.zeros(scale.shape, np.int8)))
-        weight = self.activations.dequantize([stored, *parameters], weight_axis(layer))
-        made = [self.activations.as_float(source), weight]
-        quantized = self.activations.ends_in_int8(layer)
-        if layer.op == "Conv" and not quantized:
-            output = self.activations.behind_clip(layer)
-            raise UsageError(
-                f"layer {layer.name!r} computes in int8, but its output {output!r} has no 8-bit format, "
-                "without which ONNX Runtime has no integer convolution"
-            )
-        if len(layer.inputs) > 2 and layer.inputs[2]:
-            made.append(self._stored(layer.inputs[2]) if quantized else self._int32_bias(layer, scale))
-        return made
-
-    def _int32_bias(self, layer: Layer, weight_scale: np.ndarray) -> str:
-        bias = self.compressed.weights[layer.inputs[2]].detach().cpu().numpy().astype(np.float64).reshape(-1)
-        scale = (np.float32(self.activations.scales[layer.inputs[0]][0]) * weight_scale).astype(np.float32)
-        limits = np.iinfo(np.int32)
-        integers = np.clip(np.rint(bias / scale), limits.min, limits.max).astype(np.int32)
-        return self.activations.dequantize([self.out.constant(integers), self.out.constant(scale)], 0)
+        return self.weights.stored(tensor) if tensor in layer.weights else self.activations.as_float(tensor)
 
     def _runs_in_int8(self, layer: Layer) -> bool:
         """Whether the runtime replaces the layer by an integer kernel."""
         if is_weight_layer(layer):
-            return self.compressed.plan.layers.get(layer.name, LayerPlan()).compute == "int8"
+            return self.weights.plan(layer).compute == "int8"
         return layer.op in INTEGER_KERNELS and all(i in self.activations.integers for i in layer.inputs)
 
 

@@ -26,11 +26,19 @@ PERCENTILE = 99.99
 """Share of the values, in percent, that lies below the upper (above the lower) end of a percentile range."""
 
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05)
-"""Shares of the min-max range that the search for the least squared error tries."""
+END_STEPS = (0.6, 0.7, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0)
+FINE_STEPS = (0.97, 0.975, 0.98, 0.985, 0.99, 0.995, 1.005, 1.01, 1.015, 1.02, 1.025, 1.03)
+"""Shares of the min-max range that the search for the least squared error tries, and changes of what is best so far."""
+
+SEARCHED_VALUES = 32768
+"""Values that this search looks at."""
 
 HISTOGRAM_BINS = 2048
 THRESHOLDS = 120
 """Bins and candidate thresholds of the entropy method."""
+
+MOST_CUT = 0.01
+"""Largest share of the values that the entropy method may cut off."""
 
 
 def range_method(name: str) -> RangeMethod:
@@ -68,24 +76,41 @@ def percentile(sample: torch.Tensor, bits: int = 8, percent: float = PERCENTILE)
 
 
 def least_squares(sample: torch.Tensor, bits: int = 8) -> tuple[float, float]:
-    """The range of least squared quantization error: min-max shrunk as a whole, then each end on its own."""
+    """The range of least squared quantization error: min-max shrunk as a whole, then each end on its own, then finely.
+
+    The fine steps matter where many values are equal (the background of images): they can fall on an integer.
+    """
     low, high = minmax(sample)
     if (low, high) == EMPTY:
         return EMPTY
+    sample = _spread(sample, SEARCHED_VALUES)
     best, chosen = float("inf"), (low, high)
-    for shrink in SHRINKS:
-        error = _squared_error(sample, low * shrink, high * shrink, bits)
+
+    def consider(bottom: float, top: float) -> None:
+        nonlocal best, chosen
+        bottom, top = max(low, bottom), min(high, top)
+        error = _squared_error(sample, bottom, top, bits) if top - bottom >= SMALLEST else float("inf")
         if error < best:
-            best, chosen = error, (low * shrink, high * shrink)
+            best, chosen = error, (bottom, top)
+
+    for shrink in SHRINKS:
+        consider(low * shrink, high * shrink)
     if low < 0.0 < high:
-        for side in (0, 1):
-            for change in (0.6, 0.7, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0):
-                ends = list(chosen)
-                ends[side] = max(low, min(high, ends[side] * change))
-                error = _squared_error(sample, ends[0], ends[1], bits)
-                if error < best:
-                    best, chosen = error, (ends[0], ends[1])
+        for change in END_STEPS:
+            consider(chosen[0] * change, chosen[1])
+        for change in END_STEPS:
+            consider(chosen[0], chosen[1] * change)
+    bottom, top = chosen
+    for change in FINE_STEPS:
+        consider(bottom * change, top * change)
     return chosen
+
+
+def _spread(sample: torch.Tensor, most: int) -> torch.Tensor:
+    """At most so many values, evenly from the whole sample."""
+    if sample.numel() <= most:
+        return sample
+    return sample[torch.linspace(0, sample.numel() - 1, most, dtype=torch.float64).long()]
 
 
 def _squared_error(sample: torch.Tensor, low: float, high: float, bits: int) -> float:
@@ -129,5 +154,7 @@ def entropy(sample: torch.Tensor, bits: int = 8) -> tuple[float, float]:
     # expectation (one half a degree of freedom, over the number of values) is taken off.
     freedom = filled.sum(1) - (sums > 0).sum(1)
     divergence -= freedom / (2.0 * counts.sum())
+    # A cut through a spike (the background of images) hides any loss in one bin: no more than a share is cut off.
+    divergence[counts.sum() - kept.sum(1) > MOST_CUT * sample.numel()] = float("inf")
     threshold = top * float(cuts[int(divergence.argmin())]) / HISTOGRAM_BINS
     return max(low, -threshold), min(high, threshold)

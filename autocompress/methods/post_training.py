@@ -14,10 +14,12 @@ import torch
 
 from autocompress.errors import UsageError
 from autocompress.graph.executor import GraphModule, build_module
+from autocompress.methods.bias_correction import correct_biases
 from autocompress.methods.calibration import range_method
 from autocompress.methods.calibration_report import CalibrationReport
 from autocompress.methods.compressed import CompressedModel
-from autocompress.methods.quantization import activation_formats, assign_ranges, fused_output, weight_axis
+from autocompress.methods.equalization import channel_maxima, equalize, find_links
+from autocompress.methods.quantization import activation_formats, assign_ranges, fused_output
 from autocompress.methods.registry import RANGE_METHODS
 from autocompress.methods.rounding import round_to_nearest, round_with_compensation, row_scales
 from autocompress.methods.simulation import build_compressed
@@ -38,18 +40,24 @@ class CalibrationOptions:
 
     Attributes:
         ranges: a name of ``RANGE_METHODS`` (minmax, percentile, mse, entropy), or ``auto``: the best of them.
+        equalize: whether scales move between layers: ``on``, ``off``, or ``auto``: where it helps.
+        bias_correction: whether biases may take back what rounding shifts; it is kept where it helps.
         rounding: of 8-bit weights: to the ``nearest`` integer, ``compensated`` (GPTQ), or ``auto``: the better one.
             Below 8 bits rounding is always compensated.
         seed: of the sample that ranges are chosen from.
     """
 
     ranges: str = "auto"
+    equalize: Choice = "auto"
+    bias_correction: bool = True
     rounding: Literal["auto", "nearest", "compensated"] = "nearest"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.ranges != "auto":
             range_method(self.ranges)
+        if self.equalize not in ("auto", "on", "off"):
+            raise UsageError(f"equalize={self.equalize!r}: give one of auto, on, off")
         if self.rounding not in ("auto", "nearest", "compensated"):
             raise UsageError(f"rounding={self.rounding!r}: give one of auto, nearest, compensated")
 
@@ -113,7 +121,19 @@ def quantize_model(
     Raises:
         UsageError: there are no batches, or they hold something that is not a finite number.
     """
-    return _Quantizer(graph, weights, plan, batches, options or CalibrationOptions(), progress or SilentProgress()).run()
+    return _Quantizer(
+        graph, weights, plan, batches, options or CalibrationOptions(), progress or SilentProgress()
+    ).run()
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """Float weights of one function, and what calibration data say of them."""
+
+    equalization: str
+    weights: Mapping[str, torch.Tensor]
+    seen: CalibrationStatistics
+    unseen: CalibrationStatistics
 
 
 @dataclass(frozen=True)
@@ -121,8 +141,10 @@ class _Candidate:
     """A compressed model with how it was made and what it is worth."""
 
     model: CompressedModel
+    variant: _Variant
     ranges: str
     rounding: str
+    corrected: bool
     snr_db: float
 
 
@@ -140,52 +162,75 @@ class _Quantizer:
         activations = plan.activations or activation_formats(graph, plan.layers)
         self.plan = plan.model_copy(update={"activations": activations})
         self.fit, self.held = held_out(checked(graph, batches))
+        self.reference = outputs_of(build_module(graph, weights), self.held)
+        if not all(bool(torch.isfinite(value).all()) for value in self.reference):
+            raise UsageError("the float model gives NaN or infinite values on the calibration data")
         self.tried: dict[str, float] = {}
 
     def run(self) -> CompressedModel:
-        seen, unseen, self.reference = self._observe(self.weights)
         methods = list(RANGE_METHODS) if self.options.ranges == "auto" else [self.options.ranges]
         rounding = "nearest" if self.options.rounding == "auto" else self.options.rounding
-        best: _Candidate | None = None
-        for method in methods:
-            found = self._candidate(self.weights, seen, method, rounding)
-            best = found if best is None or found.snr_db > best.snr_db else best
-        assert best is not None
+        plain = self._observed("none", self.weights)
+        first = best = max((self._candidate(plain, method, rounding) for method in methods), key=_worth)
+        if self.options.equalize != "off":
+            moved = [self._candidate(variant, best.ranges, rounding) for variant in self._equalized()]
+            if moved:
+                best = max(moved if self.options.equalize == "on" else [best, *moved], key=_worth)
         if self.options.rounding == "auto":
-            found = self._candidate(self.weights, seen, best.ranges, "compensated")
-            best = found if found.snr_db > best.snr_db else best
-        # What was held out to choose by is no reason to saturate there: ranges are those of all data.
-        model = replace(best.model, ranges=self._ranges(merge(seen, unseen), best.ranges))
+            best = max(best, self._candidate(best.variant, best.ranges, "compensated"), key=_worth)
+        # What was held out to choose by is no reason to saturate there: final ranges are those of all data.
+        everything = merge(best.variant.seen, best.variant.unseen)
+        final = replace(best.model, ranges=self._ranges(everything, best.ranges))
+        if self.options.bias_correction:
+            corrected = self._measured(replace(best, model=self._corrected(best.model, best.variant), corrected=True))
+            if corrected.snr_db > best.snr_db:
+                best, final = corrected, self._corrected(final, best.variant)
         report = CalibrationReport(
             ranges=best.ranges,
+            equalization=best.variant.equalization,
             rounding=best.rounding,
+            bias_correction=best.corrected,
             samples=sum(len(batch[0]) for batch in (*self.fit, *self.held)),
             held_out=sum(len(batch[0]) for batch in self.held),
+            uncorrected_snr_db=first.snr_db,
             snr_db=best.snr_db,
             tried=self.tried,
         )
-        return replace(model, calibration=report)
+        return replace(final, calibration=report)
 
     # -------------------------------------------------------------------------------------------------- one try
 
-    def _candidate(
-        self, weights: Mapping[str, torch.Tensor], seen: CalibrationStatistics, method: str, rounding: str
-    ) -> _Candidate:
-        rounded, scales = round_weights(self.graph, weights, self.plan, seen.hessians, rounding == "compensated")
-        model = CompressedModel(self.graph, rounded, self.plan, scales, self._ranges(seen, method))
-        snr_db = self._snr(model)
-        self.tried[f"{method}, {rounding}"] = round(snr_db, 2)
-        return _Candidate(model, method, rounding, snr_db)
+    def _candidate(self, variant: _Variant, method: str, rounding: str) -> _Candidate:
+        compensated = rounding == "compensated"
+        rounded, scales = round_weights(self.graph, variant.weights, self.plan, variant.seen.hessians, compensated)
+        model = CompressedModel(self.graph, rounded, self.plan, scales, self._ranges(variant.seen, method))
+        return self._measured(_Candidate(model, variant, method, rounding, False, 0.0))
+
+    def _measured(self, candidate: _Candidate) -> _Candidate:
+        snr_db = signal_to_noise_db(self.reference, outputs_of(build_compressed(candidate.model), self.held))
+        moved, corrected = candidate.variant.equalization, ["biases corrected"] if candidate.corrected else []
+        words = [candidate.ranges, *([] if moved == "none" else [f"{moved} equalized"]), candidate.rounding, *corrected]
+        self.tried[", ".join(words)] = round(snr_db, 2)
+        return replace(candidate, snr_db=snr_db)
+
+    def _corrected(self, model: CompressedModel, variant: _Variant) -> CompressedModel:
+        return correct_biases(model, variant.weights, self.fit)
+
+    def _equalized(self) -> Iterator[_Variant]:
+        links = find_links(self.graph)
+        if links:
+            maxima = channel_maxima(self.graph, self.weights, links, self.fit)
+            yield self._observed("activations", equalize(self.weights, links, maxima))
+            if any(link.maker.op != "LayerNormalization" for link in links):
+                yield self._observed("weights", equalize(self.weights, links))
 
     def _ranges(self, seen: CalibrationStatistics, method: str) -> dict[str, tuple[float, float]]:
         choose = range_method(method)
         formats = self.plan.activations
         return assign_ranges(self.graph, formats, lambda name: choose(seen.samples[name], formats[name].bits))
 
-    def _observe(
-        self, weights: Mapping[str, torch.Tensor]
-    ) -> tuple[CalibrationStatistics, CalibrationStatistics, list[torch.Tensor]]:
-        """Statistics of both parts of the data, and the float model's outputs on the part held out."""
+    def _observed(self, equalization: str, weights: Mapping[str, torch.Tensor]) -> _Variant:
+        """Statistics of both parts of the data."""
         module = build_module(self.graph, weights)
         hessians = self.options.rounding != "nearest" or any(
             layer.storage.scheme == "affine" and layer.storage.bits < 8 for layer in self.plan.layers.values()
@@ -193,15 +238,16 @@ class _Quantizer:
         self.progress.stage("calibration", len(self.fit) + len(self.held))
         seen = collect(module, self._counted(self.fit), self.options.seed, hessians=hessians)
         unseen = collect(module, self._counted(self.held), self.options.seed, hessians=False)
-        return seen, unseen, outputs_of(module, self.held)
+        return _Variant(equalization, weights, seen, unseen)
 
     def _counted(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         for batch in batches:
             yield batch
             self.progress.advance()
 
-    def _snr(self, model: CompressedModel) -> float:
-        return signal_to_noise_db(self.reference, outputs_of(build_compressed(model), self.held))
+
+def _worth(candidate: _Candidate) -> float:
+    return candidate.snr_db
 
 
 def round_weights(

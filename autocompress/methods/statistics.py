@@ -180,8 +180,10 @@ def _is_followed(graph: ModelGraph, layer: Layer) -> bool:
 
 def _thinned(sample: torch.Tensor, extremes: torch.Tensor) -> torch.Tensor:
     """At most ``SAMPLED_VALUES`` values spread over all batches, with the extremes of all that was seen."""
-    step = max(1, -(-sample.numel() // (SAMPLED_VALUES - 2)))
-    return torch.cat([sample[::step], extremes])
+    most = SAMPLED_VALUES - 2
+    if sample.numel() > most:
+        sample = sample[torch.linspace(0, sample.numel() - 1, most, dtype=torch.float64).long()]
+    return torch.cat([sample, extremes])
 
 
 def _accumulate(sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]], layer: Layer, value: torch.Tensor) -> None:
