@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from autocompress.config import RunConfig
 from autocompress.environment import environment_facts
@@ -217,7 +217,7 @@ def export(
     freeze: Sequence[str] = (),
     calibration_samples: int = 128,
     ranges: str = "auto",
-    equalize: str = "auto",
+    equalize: Literal["auto", "on", "off"] = "auto",
     bias_correction: bool = True,
     threads: int = 1,
     seed: int = 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import typer
 
@@ -118,7 +118,7 @@ def export(
             freeze=freeze or (),
             calibration_samples=calibration_samples,
             ranges=ranges,
-            equalize=equalize,
+            equalize=cast("Literal['auto', 'on', 'off']", equalize),
             bias_correction=not no_bias_correction,
             threads=threads,
             seed=seed,

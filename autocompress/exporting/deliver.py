@@ -148,7 +148,12 @@ def _compressed(
     if not plan.layers:
         return original
     given = (batch.inputs for batch in batches(subject.calibration, size, options.calibration_samples))
-    wanted = CalibrationOptions(ranges=options.ranges, seed=options.seed)
+    wanted = CalibrationOptions(
+        ranges=options.ranges,
+        equalize=options.equalize,
+        bias_correction=options.bias_correction,
+        seed=options.seed,
+    )
     return quantize_model(original.graph, original.weights, plan, given, wanted, progress)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from autocompress.errors import UsageError, unknown_name
 from autocompress.plan import FLOAT32, Compute, LayerPlan, NumFormat
@@ -78,7 +78,7 @@ class ExportOptions:
     freeze: tuple[str, ...] = ()
     calibration_samples: int = 128
     ranges: str = "auto"
-    equalize: str = "auto"
+    equalize: Literal["auto", "on", "off"] = "auto"
     bias_correction: bool = True
     threads: int = 1
     seed: int = 0

@@ -19,7 +19,7 @@ from autocompress.plan import Metric
 from autocompress.progress import Progress, SilentProgress
 from autocompress.tasks import load_task
 from autocompress.tasks.base import Task, correctness
-from autocompress.tasks.custom import OPTIONAL, REQUIRED, call_function, metric_of
+from autocompress.tasks.custom import OPTIONAL, REQUIRED, call_function, metric_of, task_function
 from autocompress.tasks.registry import MODELS
 from autocompress.tasks.splits import TensorSplit
 from autocompress.tasks.weights import load_weights
@@ -132,9 +132,10 @@ def _of_task(task: Task, origin: Origin) -> Subject:
 def _returned(origin: Origin, samples: int, seed: int) -> Subject:
     """The subject that a user's function describes."""
     reference = origin.model
+    function = task_function(reference)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        returned = call_function(reference, None if origin.data is None else Path(origin.data), seed)
+        returned = call_function(function, None if origin.data is None else Path(origin.data), seed)
         if isinstance(returned, Task):
             if origin.weights is not None:
                 raise UsageError(f"--weights: {reference!r} returns a whole Task, whose model has its weights already")
@@ -186,8 +187,8 @@ def _assembled(name: str, fields: Mapping[str, Any], samples: int, origin: Origi
             scored[split] = found
     model = by_position(model, read)
     score = fields.get("score") or correctness
-    for split, found in scored.items():
-        _check_score(model, found, score, split)
+    for split, judged in scored.items():
+        _check_score(model, judged, score, split)
     kept, rest = read.take(slice(0, samples)), read.take(slice(samples, None))
     compared: tuple[str, Samples | TensorSplit] = ("calibration", kept)
     if len(rest):

@@ -22,7 +22,7 @@ import copy
 import dataclasses
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,19 +75,25 @@ def custom_task(reference: str, data: Path | None = None, seed: int = 0) -> Task
     Raises:
         UsageError: something is missing or does not fit; the message says what.
     """
+    function = task_function(reference)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        returned = call_function(reference, data, seed)
+        returned = call_function(function, data, seed)
         if isinstance(returned, Task):
             return _checked(dataclasses.replace(returned, model=_own(returned.model)))
         return _checked(_assemble(reference, _fields(reference, returned), seed))
 
 
-def call_function(reference: str, data: Path | None, seed: int) -> object:
-    """What a user's ``module:function`` returns, given those of ``data`` and ``seed`` that it takes."""
+def task_function(reference: str) -> Callable[..., object]:
+    """A user's ``module:function``; import it before any seed is set, for a first import may draw random numbers."""
     function = import_object(reference)
     if not callable(function):
         raise UsageError(f"task {reference!r} is a {type(function).__name__}, not a function that returns a task")
+    return function  # type: ignore[no-any-return]
+
+
+def call_function(function: Callable[..., object], data: Path | None, seed: int) -> object:
+    """What a user's function returns, given those of ``data`` and ``seed`` that it takes."""
     known = inspect.signature(function).parameters
     return function(**{key: value for key, value in {"data": data, "seed": seed}.items() if key in known})
 
