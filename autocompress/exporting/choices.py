@@ -13,7 +13,7 @@ from autocompress.errors import UsageError, nearest_names
 from autocompress.exporting.options import ExportOptions
 from autocompress.methods.post_training import stays_float
 from autocompress.patterns import match_layers
-from autocompress.plan import CompressionPlan, Compute, Layer, LayerPlan, ModelGraph
+from autocompress.plan import CompressionPlan, Layer, LayerPlan, ModelGraph
 
 MATRICES_ONLY = ("int8_dynamic", "weight_only")
 """Types whose kernels multiply matrices; the runtime has none for convolutions."""
@@ -40,7 +40,7 @@ def choose(graph: ModelGraph, options: ExportOptions) -> Chosen:
     layers: dict[str, LayerPlan] = {}
     reasons: dict[str, str] = {}
     for layer in graph.compressible:
-        reason = None if wanted == LayerPlan() else unable(graph, layer, wanted.compute)
+        reason = None if wanted == LayerPlan() else unable(graph, layer, wanted)
         layers[layer.name] = wanted if reason is None else LayerPlan()
         if reason is not None:
             reasons[layer.name] = reason
@@ -48,14 +48,14 @@ def choose(graph: ModelGraph, options: ExportOptions) -> Chosen:
         raise UsageError(f"--compute {wanted.compute}: no layer of the model can be: {next(iter(reasons.values()))}")
     if options.plan is not None:
         for name, given in _read_layers(options.plan, names).items():
-            _require(graph, name, given.compute, f"--plan {str(options.plan)!r}")
+            _require(graph, name, given, f"--plan {str(options.plan)!r}")
             layers[name] = given
             reasons.pop(name, None)
     for rule in options.rules:
         origin = f"--layer '{rule.pattern}={rule.compute}'"
         for name in sorted(match_layers([rule.pattern], names, origin)):
-            _require(graph, name, rule.compute, origin)
             layers[name] = rule.layer_plan(options.block)
+            _require(graph, name, layers[name], origin)
             reasons.pop(name, None)
     for name in match_layers(options.freeze, names) if options.freeze else ():
         layers[name] = LayerPlan()
@@ -64,17 +64,18 @@ def choose(graph: ModelGraph, options: ExportOptions) -> Chosen:
     return Chosen(CompressionPlan(layers={n: p for n, p in layers.items() if p != LayerPlan()}), ordered)
 
 
-def unable(graph: ModelGraph, layer: Layer, compute: Compute) -> str | None:
-    """Why the runtime has no kernel of this type for the layer; None where it has one."""
+def unable(graph: ModelGraph, layer: Layer, plan: LayerPlan) -> str | None:
+    """Why a layer cannot be what a plan says; None where it can."""
+    compute = plan.compute
     if compute in MATRICES_ONLY and layer.op == "Conv":
         return f"{compute} multiplies matrices, and this is a convolution: int8 is what makes it smaller and faster"
     return stays_float(graph, layer, compute) or None
 
 
-def _require(graph: ModelGraph, name: str, compute: Compute, origin: str) -> None:
-    reason = unable(graph, graph.by_name[name], compute)
+def _require(graph: ModelGraph, name: str, plan: LayerPlan, origin: str) -> None:
+    reason = None if plan == LayerPlan() else unable(graph, graph.by_name[name], plan)
     if reason is not None:
-        raise UsageError(f"{origin}: layer {name!r} cannot be {compute}: {reason}")
+        raise UsageError(f"{origin}: layer {name!r} cannot be {plan.compute}: {reason}")
 
 
 def _read_layers(path: Path, names: Iterable[str]) -> dict[str, LayerPlan]:

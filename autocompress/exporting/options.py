@@ -12,8 +12,20 @@ from autocompress.plan import FLOAT32, Compute, LayerPlan, NumFormat
 COMPUTES = ("int8", "fp32", "fp16", "int8_dynamic", "weight_only")
 """What a layer can be asked to compute in."""
 
-WEIGHT_BITS: dict[str, tuple[int, ...]] = {"int8": (4, 8), "fp32": (4, 8, 32)}
-"""The bits a weight can be stored in under each type that can be exported; the last is the default."""
+WEIGHT_BITS: dict[str, tuple[int, ...]] = {
+    "int8": (2, 3, 4, 5, 6, 7, 8),
+    "fp32": (2, 3, 4, 5, 6, 7, 8, 16, 32),
+    "fp16": (16,),
+    "int8_dynamic": (2, 3, 4, 5, 6, 7, 8),
+    "weight_only": (2, 4, 8),
+}
+"""The bits a weight can be stored in under each type; the last is the default, from 16 on they are floating point."""
+
+BLOCKED = ("weight_only",)
+"""Types whose weights have a scale a block; those of the others have one an output channel."""
+
+BLOCKS = (32, 64, 128)
+"""Weights that share a scale under ``weight_only``."""
 
 RANGES = ("auto", "minmax", "percentile", "mse", "entropy")
 EQUALIZE = ("auto", "on", "off")
@@ -99,8 +111,8 @@ class ExportOptions:
         for flag, number, minimum in least:
             if number < minimum:
                 raise UsageError(f"{flag} {number}: give {minimum} at least")
-        if self.block < 16 or self.block & (self.block - 1):
-            raise UsageError(f"--block {self.block}: give a power of two from 16 on, such as 128")
+        if self.block not in BLOCKS:
+            raise UsageError(f"--block {self.block}: give one of {', '.join(map(str, BLOCKS))}; 128 is the fastest")
 
     @property
     def base(self) -> LayerRule:
@@ -119,8 +131,14 @@ class ExportOptions:
 
 
 def layer_plan(compute: Compute, bits: int, block: int) -> LayerPlan:
-    """A layer's plan from the words of the command line; 32 bits are floating point."""
-    return LayerPlan(compute=compute, storage=FLOAT32 if bits == 32 else NumFormat(bits=bits))
+    """A layer's plan from the words of the command line."""
+    if bits >= 16:
+        storage = FLOAT32.model_copy(update={"bits": bits})
+    elif compute in BLOCKED:
+        storage = NumFormat(bits=bits, granularity="block", block=block)
+    else:
+        storage = NumFormat(bits=bits)
+    return LayerPlan(compute=compute, storage=storage)
 
 
 def _compute(given: str, origin: str) -> Compute:
