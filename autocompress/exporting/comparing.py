@@ -28,7 +28,9 @@ Model = Callable[[tuple[Tensor, ...]], Outputs]
 
 def batch_size(graph: ModelGraph) -> int:
     """Samples that are run at once, so that a large image does not fill the memory."""
-    largest = max(tensor.elements for name, tensor in graph.tensors.items() if name not in set(graph.weight_names()))
+    stored = set(graph.weight_names())
+    activations = (t for name, t in graph.tensors.items() if name not in stored and t.dtype.startswith("float"))
+    largest = max(tensor.elements for tensor in activations)
     return max(1, min(LARGEST_BATCH, ACTIVATION_BYTES // (4 * largest)))
 
 

@@ -68,7 +68,7 @@ class Flow:
             if tensor.dtype.startswith("float"):
                 self.values[name] = self._fixed((1, *tensor.shape), "they are the model's input")
             else:
-                self.values[name] = torch.zeros(1, *tensor.shape, dtype=torch.int64)
+                self.values[name] = torch.zeros(1, *tensor.shape[1:], dtype=torch.int64)
         for layer in graph.layers:
             self._run(layer)
         for name in graph.outputs:

@@ -24,13 +24,10 @@ def trace_shapes(
     """Every activation with its shape for one sample, the batch axis left out.
 
     An axis that holds the batch times something (tokens laid out with the samples) keeps the something.  Integer
-    tensors inside the model, which are shapes and indices, keep all their axes.
+    tensors, which are shapes and indices, keep all their axes.
     """
-    outside = {*graph.inputs, *graph.outputs}
     return {
-        name: Tensor(
-            id=name, shape=one_sample(shape) if dtype.startswith("float") or name in outside else shape, dtype=dtype
-        )
+        name: Tensor(id=name, shape=one_sample(shape) if dtype.startswith("float") else shape, dtype=dtype)
         for name, (shape, dtype) in trace(graph, weights, example_inputs).items()
     }
 

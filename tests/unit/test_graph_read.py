@@ -181,7 +181,6 @@ def test_sequences_and_attention_are_read_and_their_products_left_alone() -> Non
     assert products
     assert all("two activations" in graph.skipped[name] for name in products)
     assert graph.tensors[graph.by_name["up"].outputs[0]].shape == (7, 12)
-    assert graph.tensors["tokens"].shape == (7,)  # one sample's, of integers too
     assert graph.macs() >= 7 * (8 * 24 + 8 * 8 + 2 * 8 * 12) + 8 * 3
 
 
