@@ -144,4 +144,6 @@ def node_names(graph: ModelGraph) -> dict[str, str]:
 
 def _value_info(tensor: Tensor) -> onnx.ValueInfoProto:
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-    return helper.make_tensor_value_info(tensor.id, kind, ["N", *tensor.shape])
+    # The graph's shapes leave the batch out of floating tensors only.
+    rest = tensor.shape if tensor.dtype.startswith("float") else tensor.shape[1:]
+    return helper.make_tensor_value_info(tensor.id, kind, ["N", *rest])
