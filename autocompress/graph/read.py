@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from autocompress.errors import UsageError
+from autocompress.graph.attention import joined_transposes, without_dead
 from autocompress.graph.executor import GraphModule
 from autocompress.graph.exporting import Exported, export
 from autocompress.graph.groups import find_groups
-from autocompress.graph.attention import joined_transposes, without_dead
 from autocompress.graph.normalise import name_layers, name_weights, normalise
 from autocompress.graph.shapes import trace, trace_shapes
 from autocompress.plan import Layer, ModelGraph, Tensor, is_weight_layer
