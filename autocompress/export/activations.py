@@ -121,7 +121,7 @@ class Activations:
 
     def as_float_widened(self, tensor: str, channels: int) -> str:
         """The tensor as float32 with more channels, all 0."""
-        scale, zero = self.scales[tensor]
+        zero = self.scales[tensor][1]
         rank = 1 + len(self.graph.tensors[tensor].shape)
         ends = [0] * rank + [0, channels] + [0] * (rank - 2)
         inputs = [self.integers[tensor], self.out.constant(np.array(ends, np.int64))]

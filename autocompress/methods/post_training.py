@@ -19,12 +19,14 @@ from autocompress.methods.calibration import range_method
 from autocompress.methods.calibration_report import CalibrationReport
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.equalization import channel_maxima, equalize, find_links
+from autocompress.methods.formats import BLOCK, refusal
 from autocompress.methods.quantization import activation_formats, assign_ranges, fused_output
 from autocompress.methods.registry import RANGE_METHODS
-from autocompress.methods.rounding import round_to_nearest, round_with_compensation, row_scales
+from autocompress.methods.rounding import round_with_compensation
+from autocompress.methods.rounding_formats import column_scales, format_scales, round_to_format
 from autocompress.methods.simulation import build_compressed
 from autocompress.methods.statistics import CalibrationStatistics, collect, from_matrix, merge, weight_matrix
-from autocompress.plan import FLOAT32, CompressionPlan, Compute, Layer, LayerPlan, ModelGraph, NumFormat
+from autocompress.plan import FLOAT16, FLOAT32, CompressionPlan, Compute, Layer, LayerPlan, ModelGraph, NumFormat
 from autocompress.progress import Progress, SilentProgress
 
 Batch = tuple[torch.Tensor, ...]
@@ -68,33 +70,44 @@ def uniform_plan(graph: ModelGraph, compute: Compute, bits: int) -> tuple[Compre
     Args:
         graph: the model.
         compute: what layers compute in.
-        bits: their weights are stored in; 32 is floating point.
+        bits: their weights are stored in; 32 and 16 are floating point.
 
     Returns:
         The plan, and for each weight layer that stays fp32 the reason.
+
+    Raises:
+        UsageError: no layer can take the format.
     """
-    if compute != "fp32" and bits > 8:
-        raise UsageError(f"{bits}-bit weights cannot feed {compute} kernels; give at most 8 bits")
-    form = LayerPlan(compute=compute, storage=FLOAT32 if bits == 32 else NumFormat(bits=bits))
+    form = LayerPlan(compute=compute, storage=_storage(compute, bits))
     layers: dict[str, LayerPlan] = {}
     left: dict[str, str] = {}
     for layer in graph.compressible:
-        reason = stays_float(graph, layer, compute)
+        reason = stays_float(graph, layer, form)
         if reason:
             left[layer.name] = reason
         else:
             layers[layer.name] = form
+    if left and not layers:
+        raise UsageError(f"no layer can be {compute} with {bits}-bit weights: {next(iter(left.values()))}")
     plan = CompressionPlan(layers=layers)
     return plan.model_copy(update={"activations": activation_formats(graph, layers)}), left
 
 
-def stays_float(graph: ModelGraph, layer: Layer, compute: Compute) -> str:
-    """Why a weight layer cannot take integers; empty where it can."""
+def _storage(compute: Compute, bits: int) -> NumFormat:
+    if bits >= 16:
+        return FLOAT32 if bits == 32 else FLOAT16
+    if compute == "weight_only":
+        return NumFormat(bits=bits, granularity="block", block=BLOCK)
+    return NumFormat(bits=bits)
+
+
+def stays_float(graph: ModelGraph, layer: Layer, form: LayerPlan) -> str:
+    """Why a weight layer cannot take a format and stays fp32; empty where it can."""
     if layer.op in ("Gemm", "MatMul") and len(graph.tensors[layer.inputs[1]].shape) != 2:
         return "its weight is no matrix, so it has no output channels to scale"
-    if layer.op == "Conv" and compute == "int8" and fused_output(graph, layer) in graph.outputs:
+    if layer.op == "Conv" and form.compute == "int8" and fused_output(graph, layer) in graph.outputs:
         return "an integer convolution cannot give the model's float output"
-    return ""
+    return refusal(layer, form)
 
 
 def quantize_model(
@@ -121,9 +134,8 @@ def quantize_model(
     Raises:
         UsageError: there are no batches, or they hold something that is not a finite number.
     """
-    return _Quantizer(
-        graph, weights, plan, batches, options or CalibrationOptions(), progress or SilentProgress()
-    ).run()
+    chosen = options or CalibrationOptions()
+    return _Quantizer(graph, weights, plan, batches, chosen, progress or SilentProgress()).run()
 
 
 @dataclass(frozen=True)
@@ -257,26 +269,27 @@ def round_weights(
     hessians: Mapping[str, torch.Tensor],
     compensated: bool,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The weights of layers with an affine format on their grids, and each such layer's scales."""
+    """The weights as their storage formats hold them, and the scales of those held as integers."""
     made = dict(weights)
     scales: dict[str, torch.Tensor] = {}
     for layer in graph.compressible:
         storage = plan.layers.get(layer.name, LayerPlan()).storage
-        if storage.scheme != "affine":
+        if storage == FLOAT32:
             continue
         matrix = weight_matrix(layer, weights[layer.inputs[1]]).float().contiguous()
-        step = row_scales(matrix, storage.bits)
-        hessian = hessians.get(layer.name)
-        shared = bool(layer.shared_with)
-        if hessian is None or shared or (storage.bits >= 8 and not compensated):
-            rounded = round_to_nearest(matrix, step, storage.bits)
+        hessian = None if layer.shared_with else hessians.get(layer.name)
+        if hessian is None or storage.scheme != "affine" or (storage.bits >= 8 and not compensated):
+            rounded, step = round_to_format(matrix, storage)
         else:
-            rounded, bias = _compensated(layer, weights, matrix, hessian, step, storage.bits)
+            step = format_scales(matrix, storage)
+            each = step if step.dim() == 1 else column_scales(step, storage, matrix.shape[1])
+            rounded, bias = _compensated(layer, weights, matrix, hessian, each, storage.bits)
             if bias is not None:
                 made[layer.inputs[2]] = bias
         shape = graph.tensors[layer.inputs[1]].shape
         made[layer.inputs[1]] = from_matrix(layer, rounded, shape).contiguous()
-        scales[layer.name] = step
+        if step is not None:
+            scales[layer.name] = step
     return made, scales
 
 
@@ -289,11 +302,11 @@ def _compensated(
     bits: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rounded weights, and the bias where the layer has one of its own to take what is left."""
-    if len(layer.inputs) > 2 and layer.inputs[2] and weights[layer.inputs[2]].shape == scales.shape:
+    if len(layer.inputs) > 2 and layer.inputs[2] and weights[layer.inputs[2]].shape == (len(matrix),):
         return round_with_compensation(matrix, weights[layer.inputs[2]], hessian, scales, bits)
     alone = hessian.clone()
     alone[-1, :-1] = alone[:-1, -1] = 0.0
-    return round_with_compensation(matrix, torch.zeros_like(scales), alone, scales, bits)[0], None
+    return round_with_compensation(matrix, torch.zeros(len(matrix)), alone, scales, bits)[0], None
 
 
 # ---------------------------------------------------------------------------------------------------- the data
