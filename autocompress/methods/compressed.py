@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from autocompress.methods.calibration_report import CalibrationReport
 from autocompress.plan import CompressionPlan, ModelGraph
 
 
@@ -21,6 +22,7 @@ class CompressedModel:
         plan: the plan; ``plan.layers`` is keyed by layer name, ``plan.activations`` by tensor name.
         weight_scales: for each layer with affine storage, float32 ``[out_channels]``: ``weight = scale * integer``.
         ranges: for each tensor of ``plan.activations``, the (lowest, highest) value it represents.
+        calibration: how ranges and corrections were chosen, where post-training quantization chose them.
     """
 
     graph: ModelGraph
@@ -28,3 +30,4 @@ class CompressedModel:
     plan: CompressionPlan
     weight_scales: Mapping[str, torch.Tensor] = field(default_factory=dict)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    calibration: CalibrationReport | None = None

@@ -9,6 +9,7 @@ import torch
 from autocompress.graph.executor import GraphModule, Tap
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.quantization import affine_parameters
+from autocompress.plan import Layer, LayerPlan
 
 
 def activation_tap(low: float, high: float) -> Tap:
@@ -32,10 +33,36 @@ def activation_taps(ranges: Mapping[str, tuple[float, float]]) -> dict[str, Tap]
 def build_compressed(compressed: CompressedModel) -> GraphModule:
     """The compressed model as a torch module in evaluation mode.
 
-    Weights already lie on their grids; activations that the plan holds in 8 bits are rounded as the runtime rounds
+    Weights already lie on their grids; biases of int8 layers and activations that the plan holds in 8 bits are rounded as the runtime rounds
     them.  The module takes and gives what the original does.
     """
-    module = GraphModule(compressed.graph, compressed.weights)
+    module = GraphModule(compressed.graph, {**compressed.weights, **rounded_biases(compressed)})
     module.taps = activation_taps({name: compressed.ranges[name] for name in compressed.plan.activations})
     module.eval()
     return module
+
+
+def bias_integers(compressed: CompressedModel, layer: Layer) -> torch.Tensor | None:
+    """The int32 bias that the runtime adds to an int8 layer's sums, as float32; its step is input times weight scale."""
+    if len(layer.inputs) < 3 or not layer.inputs[2]:
+        return None
+    limit = 2.0**31 - 128  # the largest float32 below 2^31
+    return (compressed.weights[layer.inputs[2]].float() / bias_steps(compressed, layer)).round().clamp(-limit, limit)
+
+
+def bias_steps(compressed: CompressedModel, layer: Layer) -> torch.Tensor:
+    """What one integer of an int8 layer's bias stands for, in float32 as in the runtime."""
+    scale, _ = affine_parameters(*compressed.ranges[layer.inputs[0]])
+    return torch.tensor(scale, dtype=torch.float32) * compressed.weight_scales[layer.name].float()
+
+
+def rounded_biases(compressed: CompressedModel) -> dict[str, torch.Tensor]:
+    """Biases of int8 layers as the runtime rounds them."""
+    made: dict[str, torch.Tensor] = {}
+    for layer in compressed.graph.compressible:
+        if compressed.plan.layers.get(layer.name, LayerPlan()).compute != "int8":
+            continue
+        integers = bias_integers(compressed, layer)
+        if integers is not None and layer.inputs[2] not in made:
+            made[layer.inputs[2]] = integers * bias_steps(compressed, layer)
+    return made
