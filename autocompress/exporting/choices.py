@@ -15,9 +15,6 @@ from autocompress.methods.post_training import stays_float
 from autocompress.patterns import match_layers
 from autocompress.plan import CompressionPlan, Layer, LayerPlan, ModelGraph
 
-MATRICES_ONLY = ("int8_dynamic", "weight_only")
-"""Types whose kernels multiply matrices; the runtime has none for convolutions."""
-
 
 @dataclass(frozen=True)
 class Chosen:
@@ -40,9 +37,9 @@ def choose(graph: ModelGraph, options: ExportOptions) -> Chosen:
     layers: dict[str, LayerPlan] = {}
     reasons: dict[str, str] = {}
     for layer in graph.compressible:
-        reason = None if wanted == LayerPlan() else unable(graph, layer, wanted)
-        layers[layer.name] = wanted if reason is None else LayerPlan()
-        if reason is not None:
+        reason = _unable(graph, layer, wanted)
+        layers[layer.name] = LayerPlan() if reason else wanted
+        if reason:
             reasons[layer.name] = reason
     if len(reasons) == len(names):
         raise UsageError(f"--compute {wanted.compute}: no layer of the model can be: {next(iter(reasons.values()))}")
@@ -64,17 +61,14 @@ def choose(graph: ModelGraph, options: ExportOptions) -> Chosen:
     return Chosen(CompressionPlan(layers={n: p for n, p in layers.items() if p != LayerPlan()}), ordered)
 
 
-def unable(graph: ModelGraph, layer: Layer, plan: LayerPlan) -> str | None:
-    """Why a layer cannot be what a plan says; None where it can."""
-    compute = plan.compute
-    if compute in MATRICES_ONLY and layer.op == "Conv":
-        return f"{compute} multiplies matrices, and this is a convolution: int8 is what makes it smaller and faster"
-    return stays_float(graph, layer, compute) or None
+def _unable(graph: ModelGraph, layer: Layer, plan: LayerPlan) -> str:
+    """Why a layer cannot be what a plan says; empty where it can."""
+    return "" if plan == LayerPlan() else stays_float(graph, layer, plan)
 
 
 def _require(graph: ModelGraph, name: str, plan: LayerPlan, origin: str) -> None:
-    reason = None if plan == LayerPlan() else unable(graph, graph.by_name[name], plan)
-    if reason is not None:
+    reason = _unable(graph, graph.by_name[name], plan)
+    if reason:
         raise UsageError(f"{origin}: layer {name!r} cannot be {plan.compute}: {reason}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from autocompress.environment import environment_facts
 from autocompress.errors import ArtifactError
 from autocompress.export.checkpoint import save_checkpoint
 from autocompress.export.files import write_atomic
+from autocompress.export.metadata import ArtifactMetrics, Provenance, Score, describe, stamp
 from autocompress.export.onnx import write_onnx
 from autocompress.exporting.choices import choose
 from autocompress.exporting.comparing import as_model, as_simulation, batch_size, compare, score
@@ -70,10 +72,11 @@ def export_subject(subject: Subject, options: ExportOptions, out: Path | None, p
         original = CompressedModel(graph=graph, weights=weights, plan=CompressionPlan())
         compressed = _compressed(original, chosen.plan, subject, options, size, progress)
         progress.stage("export")
-        sizes = Sizes(
-            original=write_onnx(original, folder.path / ORIGINAL),
-            export=write_onnx(compressed, folder.path / ARTIFACT),
-        )
+        facts = environment_facts()
+        task = None if subject.origin is None else subject.origin.task
+        source = Provenance.here(compressed.plan, facts["cpu"], task=task, model=subject.name, seed=options.seed)
+        original_bytes = write_onnx(original, folder.path / ORIGINAL)
+        write_onnx(compressed, folder.path / ARTIFACT, describe(compressed.plan, source))
         save_checkpoint(compressed, folder.path)
         report = checked_kernels(compressed, folder.path / ARTIFACT, options.threads)
         quality, outputs, simulation = _judged(subject, compressed, folder.path, size, progress)
@@ -82,6 +85,9 @@ def export_subject(subject: Subject, options: ExportOptions, out: Path | None, p
             threads=options.threads,
             seconds_each=SECONDS_EACH,
             progress=progress,
+        )
+        export_bytes = stamp(
+            folder.path / ARTIFACT, _stamped(subject, compressed, quality, simulation, timed, report, options.threads)
         )
         metrics = ExportMetrics(
             version=1,
@@ -94,7 +100,7 @@ def export_subject(subject: Subject, options: ExportOptions, out: Path | None, p
             simulation=simulation,
             latency_ms=Timings(original=_timing(timed["original"]), export=_timing(timed["export"])),
             threads=options.threads,
-            size_bytes=sizes,
+            size_bytes=Sizes(original=original_bytes, export=export_bytes),
             kernels=dict(report.counts),
             layers=_counted(compressed),
             float_layers=chosen.reasons,
@@ -106,7 +112,7 @@ def export_subject(subject: Subject, options: ExportOptions, out: Path | None, p
                 seed=options.seed,
                 chose=compressed.calibration,
             ),
-            environment=Environment.model_validate(environment_facts()),
+            environment=Environment.model_validate(facts),
             digests=digests(folder.path),
         )
         write_atomic(folder.path / METRICS, metrics.model_dump_json(by_alias=True, indent=1).encode())
@@ -180,6 +186,35 @@ def _judged(
     simulation = compare(simulated, export, subject.compared, subject.compared_on, size, SIMULATED)
     progress.advance()
     return quality, outputs, simulation
+
+
+def _stamped(
+    subject: Subject,
+    compressed: CompressedModel,
+    quality: Mapping[str, SplitQuality],
+    simulation: Comparison,
+    timed: Mapping[str, LatencyStats],
+    report: KernelReport,
+    threads: int,
+) -> ArtifactMetrics:
+    """What the file itself says was measured on it."""
+    scores = {
+        split: Score(value=found.export, interval=found.export_ci95, drop_interval=found.drop_ci95)
+        for split, found in quality.items()
+    }
+    return ArtifactMetrics(
+        metric=subject.metric if scores else None,
+        quality=scores,
+        latency_ms=timed["export"].median_ms,
+        latency_p95_ms=timed["export"].p95_ms,
+        original_ms=timed["original"].median_ms,
+        threads=threads,
+        batch=1,
+        params=compressed.graph.parameters(),
+        macs=compressed.graph.macs(),
+        agreement=simulation.top1_agreement,
+        kernels=dict(report.counts),
+    )
 
 
 def _counted(compressed: CompressedModel) -> dict[str, int]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from autocompress.errors import UsageError, unknown_name
-from autocompress.plan import FLOAT32, Compute, LayerPlan, NumFormat
+from autocompress.plan import FLOAT16, FLOAT32, Compute, LayerPlan, NumFormat
 
-COMPUTES = ("int8", "fp32", "fp16", "int8_dynamic", "weight_only")
+COMPUTES: tuple[Compute, ...] = ("int8", "fp32", "fp16", "int8_dynamic", "weight_only")
 """What a layer can be asked to compute in."""
 
-WEIGHT_BITS: dict[str, tuple[int, ...]] = {
+WEIGHT_BITS: dict[Compute, tuple[int, ...]] = {
     "int8": (2, 3, 4, 5, 6, 7, 8),
     "fp32": (2, 3, 4, 5, 6, 7, 8, 16, 32),
     "fp16": (16,),
@@ -20,9 +20,6 @@ WEIGHT_BITS: dict[str, tuple[int, ...]] = {
     "weight_only": (2, 4, 8),
 }
 """The bits a weight can be stored in under each type; the last is the default, from 16 on they are floating point."""
-
-BLOCKED = ("weight_only",)
-"""Types whose weights have a scale a block; those of the others have one an output channel."""
 
 BLOCKS = (32, 64, 128)
 """Weights that share a scale under ``weight_only``."""
@@ -133,8 +130,8 @@ class ExportOptions:
 def layer_plan(compute: Compute, bits: int, block: int) -> LayerPlan:
     """A layer's plan from the words of the command line."""
     if bits >= 16:
-        storage = FLOAT32.model_copy(update={"bits": bits})
-    elif compute in BLOCKED:
+        storage = FLOAT32 if bits == 32 else FLOAT16
+    elif compute == "weight_only":
         storage = NumFormat(bits=bits, granularity="block", block=block)
     else:
         storage = NumFormat(bits=bits)
@@ -142,11 +139,9 @@ def layer_plan(compute: Compute, bits: int, block: int) -> LayerPlan:
 
 
 def _compute(given: str, origin: str) -> Compute:
-    for known in get_args(Compute):
+    for known in COMPUTES:
         if given == known:
-            return known  # type: ignore[no-any-return]
-    if given in COMPUTES:
-        raise UsageError(f"{origin}: {given} cannot be exported yet; there is {', '.join(get_args(Compute))}")
+            return known
     raise unknown_name(f"{origin} value", given, COMPUTES)
 
 

@@ -12,6 +12,7 @@ import torch
 from autocompress.environment import environment_facts
 from autocompress.errors import AutocompressError
 from autocompress.export.checkpoint import load_compressed
+from autocompress.export.metadata import read_metadata
 from autocompress.exporting.comparing import as_model, as_simulation, batch_size, compare, mean_score
 from autocompress.exporting.metrics import ARTIFACT, ORIGINAL, Comparison, ExportMetrics, read_metrics
 from autocompress.exporting.samples import Samples
@@ -57,7 +58,7 @@ def verify_export(folder: Path, progress: Progress) -> list[Check]:
     except AutocompressError as error:
         return [*checks, Check("checkpoint", False, str(error))]
     report = load_runtime(DEFAULT_RUNTIME).executed_kernels(folder / ARTIFACT, metrics.threads)
-    checks.append(_kernels(compressed, report, metrics))
+    checks += [_metadata(folder, compressed), _kernels(compressed, report, metrics)]
     progress.advance()
     subject: Subject | None = None
     if metrics.origin is not None:
@@ -88,6 +89,7 @@ def verify_file(path: Path, progress: Progress) -> list[Check]:
     layers = f"{report.int8_weight_layers} layers with weights in integers, {report.fp32_weight_layers} in float"
     checks.append(Check("kernels", True, f"{_counts(report.counts)}; {layers}"))
     progress.advance()
+    checks += _described(path)
     try:
         stats = measure_latency({"file": path}, seconds_each=SECONDS_EACH, progress=progress)["file"]
     except Exception as error:  # inputs of a foreign model may need sizes or values that nobody here can know
@@ -96,6 +98,23 @@ def verify_file(path: Path, progress: Progress) -> list[Check]:
     bounds = f"{stats.low_ms:.4g} to {stats.high_ms:.4g}"
     text = f"{stats.median_ms:.4g} ms at 1 thread, batch 1 (95%: {bounds}); there is nothing to compare it with"
     return [*checks, Check("latency", True, text)]
+
+
+def _described(path: Path) -> list[Check]:
+    """What a file of ours says of itself, once it has left its folder."""
+    try:
+        found = read_metadata(path)
+    except AutocompressError as error:
+        return [Check("metadata", False, str(error))]
+    if found.provenance is None:
+        return []
+    source, metrics = found.provenance, found.metrics
+    text = f"{source.model or 'a model'}, written {source.date} by autocompress {source.autocompress}"
+    for split, score in metrics.quality.items() if metrics is not None else ():
+        text += f", {split} {score.value:.4g}"
+    if metrics is not None and metrics.latency_ms is not None:
+        text += f", {metrics.latency_ms:.4g} ms at {metrics.threads} thread{'s' if metrics.threads != 1 else ''}"
+    return [Check("metadata", True, text)]
 
 
 def open_file(path: Path) -> Session | Check:
@@ -123,6 +142,16 @@ def _files(folder: Path, metrics: ExportMetrics) -> Check:
 def _size(folder: Path, metrics: ExportMetrics) -> Check:
     size = (folder / ARTIFACT).stat().st_size
     return Check("size", size == metrics.size_bytes.export, f"{size} bytes, written {metrics.size_bytes.export}")
+
+
+def _metadata(folder: Path, compressed: CompressedModel) -> Check:
+    """Whether the file says of itself what ``plan.json`` says."""
+    try:
+        found = read_metadata(folder / ARTIFACT).plan
+    except AutocompressError as error:
+        return Check("metadata", False, str(error))
+    same = found is not None and found.digest == compressed.plan.digest
+    return Check("metadata", same, f"the file carries {'the plan' if same else 'another plan'} of plan.json")
 
 
 def _kernels(compressed: CompressedModel, report: KernelReport, metrics: ExportMetrics) -> Check:

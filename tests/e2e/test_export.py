@@ -77,7 +77,7 @@ def test_verify_measures_the_export_again(exported: Export, cli: CommandLine) ->
     # Latencies of microseconds are not the same twice on a busy machine; all else must be.
     assert [check for check in checks if not check["ok"] and check["name"] != "latency"] == []
     names = [check["name"] for check in checks]
-    assert names == ["files", "size", "kernels", "checkpoint", "validation", "test", "latency"]
+    assert names == ["files", "size", "metadata", "kernels", "checkpoint", "validation", "test", "latency"]
 
 
 def test_verify_finds_one_changed_byte(exported: Export, cli: CommandLine, tmp_path: Path) -> None:
@@ -96,6 +96,7 @@ def test_verify_of_a_file_from_elsewhere(exported: Export, cli: CommandLine, tmp
     checks = {c["name"]: c for c in json.loads(cli("verify", tmp_path / "theirs.onnx", "--json").out)}
     assert all(check["ok"] for check in checks.values())
     assert "10 layers with weights in integers, 0 in float" in checks["kernels"]["detail"]
+    assert f"test {exported.metrics['quality']['test']['export']:.4g}" in checks["metadata"]["detail"]
     (tmp_path / "broken.onnx").write_bytes((tmp_path / "theirs.onnx").read_bytes()[:5000])
     assert cli("verify", tmp_path / "broken.onnx").code == 1
 
