@@ -86,7 +86,8 @@ def verify_file(path: Path, progress: Progress) -> list[Check]:
         return [session]
     checks = [Check("file", True, f"valid ONNX, {path.stat().st_size} bytes, opens in a plain session")]
     report = load_runtime(DEFAULT_RUNTIME).executed_kernels(path)
-    layers = f"{report.int8_weight_layers} layers with weights in integers, {report.fp32_weight_layers} in float"
+    few = f", {report.weight_only_layers} from few-bit weights" if report.weight_only_layers else ""
+    layers = f"{report.int8_weight_layers} layers with weights in integers{few}, {report.fp32_weight_layers} in float"
     checks.append(Check("kernels", True, f"{_counts(report.counts)}; {layers}"))
     progress.advance()
     checks += _described(path)
