@@ -9,7 +9,7 @@ import numpy as np
 from autocompress.errors import UsageError
 from autocompress.export.builder import GraphBuilder
 from autocompress.methods.compressed import CompressedModel
-from autocompress.methods.quantization import affine_parameters
+from autocompress.methods.quantization import affine_parameters, gates, hard_sigmoid_line
 from autocompress.plan import Layer
 
 MOVERS = frozenset({"Flatten", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"})
@@ -32,6 +32,8 @@ class Activations:
         scales: scale and zero point of each tensor that the plan holds in 8 bits.
         integers: the name of each such tensor's integers, once they exist.
         born_int8: those that an integer kernel makes, and so lie in memory with channels last.
+        swishes: for each product ``x * sigmoid(x)`` of integers, the tensor x.
+        gates: the names of the Sigmoids that are part of those.
     """
 
     def __init__(self, compressed: CompressedModel, out: GraphBuilder) -> None:
@@ -43,6 +45,7 @@ class Activations:
         self.born_int8: set[str] = set()
         self._floats: dict[str, str] = {}
         self._per_axis: dict[str, str] = {}
+        self.swishes, self.gates = self._swishes()
         self._explicit_zero = {
             name for layer in self.graph.layers if layer.op in NEED_ZERO_POINTS for name in layer.activations
         }
@@ -62,6 +65,15 @@ class Activations:
             if layer.op in MOVERS and layer.inputs[0] in scales and all(o in scales for o in layer.outputs):
                 scales.update(dict.fromkeys(layer.outputs, scales[layer.inputs[0]]))
         return scales
+
+    def _swishes(self) -> tuple[dict[str, str], set[str]]:
+        products, parts = {}, set()
+        for gate, product in gates(self.graph).items():
+            layer = self.graph.by_name[gate]
+            if layer.op == "Sigmoid" and layer.inputs[0] in self.scales and layer.outputs[0] not in self.scales:
+                products[product] = layer.inputs[0]
+                parts.add(gate)
+        return products, parts
 
     def _clipped(self, tensor: str, low: float, high: float) -> tuple[float, float]:
         """The range within what the Relu or Clip before the tensor lets through.
@@ -107,6 +119,16 @@ class Activations:
             self._floats[tensor] = self.out.node("DequantizeLinear", inputs, output)
         return self._floats[tensor]
 
+    def as_float_widened(self, tensor: str, channels: int) -> str:
+        """The tensor as float32 with more channels, all 0."""
+        zero = self.scales[tensor][1]
+        rank = 1 + len(self.graph.tensors[tensor].shape)
+        ends = [0] * rank + [0, channels] + [0] * (rank - 2)
+        inputs = [self.integers[tensor], self.out.constant(np.array(ends, np.int64))]
+        if zero:
+            inputs.append(self.out.constant(np.uint8(zero)))
+        return self.out.node("DequantizeLinear", [self.out.node("Pad", inputs), *self._scale_inputs(tensor)])
+
     def as_float_per_axis(self, tensor: str) -> str:
         """The tensor as float32 through equal scales along an axis."""
         if tensor not in self._per_axis:
@@ -148,6 +170,30 @@ class Activations:
         if layer.op not in MOVERS or source not in self.integers or any(o not in self.scales for o in layer.outputs):
             return False
         return layer.op != "MaxPool" or source in self.born_int8
+
+    def shifted(self, layer: Layer) -> bool:
+        """Writes a HardSigmoid from int8 to int8 as a change of scale, where the scales allow that.
+
+        ``clip(alpha x + beta, 0, 1)`` is a straight line that the integers' own limits clip: the integers of x, read
+        with another zero point, are the curve's before rounding.
+        """
+        source, result = layer.inputs[0], layer.outputs[0]
+        if layer.op != "HardSigmoid" or source not in self.integers or self.scales.get(result) != (1 / 255, 0):
+            return False
+        alpha, beta = hard_sigmoid_line(layer)
+        scale, zero = self.scales[source]
+        moved = zero - beta / (alpha * scale)
+        if not 0 <= round(moved) <= 255 or abs(moved - round(moved)) > 1e-3:
+            return False
+        line = self.out.node(
+            "DequantizeLinear",
+            [self.integers[source], self.out.constant(np.float32(scale)), self.out.constant(np.uint8(round(moved)))],
+        )
+        full = [self.out.constant(np.float32(1 / (255 * alpha))), self.out.constant(np.uint8(0))]
+        self.integers[result] = self.out.node("QuantizeLinear", [line, *full])
+        if source in self.born_int8:
+            self.born_int8.add(result)
+        return True
 
     def behind_clip(self, layer: Layer) -> str:
         """The layer's output, or that of the Relu or Clip that is its only reader."""

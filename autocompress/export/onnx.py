@@ -26,7 +26,7 @@ import onnx
 from onnx import helper
 
 from autocompress.export.activations import INTEGER_KERNELS, Activations
-from autocompress.export.builder import IR_VERSIONS, GraphBuilder
+from autocompress.export.builder import IR_VERSIONS, RUNTIME_DOMAIN, GraphBuilder
 from autocompress.export.files import write_atomic
 from autocompress.export.weights import WeightLayers
 from autocompress.methods.compressed import CompressedModel
@@ -84,6 +84,11 @@ class _Exporter:
             self.out.layer(layer.op, inputs, self.activations.moved(layer), layer.attributes)
             self.activations.give(layer.outputs)
             return
+        if layer.name in self.activations.gates or self.activations.shifted(layer):
+            return
+        if layer.name in self.activations.swishes:
+            self._swish(layer)
+            return
         if self._runs_in_int8(layer):
             self.activations.born_int8.add(self.activations.behind_clip(layer))
         names = [self._output_name(o) for o in layer.outputs]
@@ -98,6 +103,16 @@ class _Exporter:
         for tensor, made in zip(layer.outputs, names, strict=True):
             if tensor:
                 self.activations.produced(tensor, made, layer.op)
+        self.activations.give(layer.outputs)
+
+    def _swish(self, layer: Layer) -> None:
+        """``x * sigmoid(x)`` of integers: one float kernel between two conversions is faster than two integer ones."""
+        source, result = self.activations.swishes[layer.name], layer.outputs[0]
+        made = self._output_name(result)
+        self.out.layer("QuickGelu", [self.activations.as_float(source)], [made], {"alpha": 1.0}, domain=RUNTIME_DOMAIN)
+        if source in self.activations.born_int8:
+            self.activations.born_int8.add(result)
+        self.activations.produced(result, made)
         self.activations.give(layer.outputs)
 
     def _output_name(self, tensor: str) -> str:
@@ -124,4 +139,6 @@ def node_names(graph: ModelGraph) -> dict[str, str]:
 
 def _value_info(tensor: Tensor) -> onnx.ValueInfoProto:
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-    return helper.make_tensor_value_info(tensor.id, kind, ["N", *tensor.shape])
+    # The graph's shapes leave the batch out of floating tensors only.
+    rest = tensor.shape if tensor.dtype.startswith("float") else tensor.shape[1:]
+    return helper.make_tensor_value_info(tensor.id, kind, ["N", *rest])

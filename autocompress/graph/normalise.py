@@ -11,7 +11,7 @@ from torch import nn
 
 from autocompress.graph.exporting import Exported
 from autocompress.graph.shapes import BATCH
-from autocompress.plan import Layer, is_weight_layer
+from autocompress.plan import Attribute, Layer, is_weight_layer
 
 Shape = tuple[int, ...]
 
@@ -182,6 +182,9 @@ def normalise(exported: Exported, weights: dict[str, torch.Tensor], shapes: Mapp
             if not keep:
                 result.append(Layer(name=layer.name, op="Flatten", inputs=(pooled,), outputs=layer.outputs))
             continue
+        if layer.op == "HardSwish":
+            result += _hard_swish(layer)
+            continue
         if layer.op == "Reshape" and _is_flatten(layer, shapes):
             result.append(Layer(name=layer.name, op="Flatten", inputs=layer.inputs[:1], outputs=layer.outputs))
             continue
@@ -252,6 +255,16 @@ def _is_matrix(
     """Whether both sides are matrices, and the stored one can be turned because nothing else reads it."""
     source, weight = layer.inputs[:2]
     return len(shapes[source]) == 2 and weights[weight].dim() == 2 and uses[weight] == 1
+
+
+def _hard_swish(layer: Layer) -> list[Layer]:
+    """Its two halves, which is what runtimes execute: in int8 each has a format of its own."""
+    gate = f"{layer.outputs[0]}/gate"
+    line: dict[str, Attribute] = {"alpha": 1 / 6, "beta": 0.5}
+    return [
+        Layer(name=gate, op="HardSigmoid", inputs=layer.inputs, outputs=(gate,), attributes=line),
+        Layer(name=layer.name, op="Mul", inputs=(layer.inputs[0], gate), outputs=layer.outputs),
+    ]
 
 
 def _with_bias(layer: Layer, weights: dict[str, torch.Tensor]) -> Layer:
