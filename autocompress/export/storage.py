@@ -27,13 +27,13 @@ from autocompress.plan import Layer, LayerPlan, NumFormat
 CAST_BYTES = 28
 """What a Cast of an initializer adds to a file."""
 
-TABLE_BYTES = 50
-"""What looking up a codebook adds, beside the table."""
+TABLE_BYTES = {"tensor": 50, "channel": 90}
+"""What looking up codebooks adds, beside the tables."""
 
-PART_BYTES = 70
+PART_BYTES = 45
 """What taking one layer's numbers out of a blob of planes adds."""
 
-BLOB_BYTES = 650
+BLOB_BYTES = 400
 """What the first blob adds."""
 
 BLOB_WEIGHTS = 1 << 20
@@ -57,8 +57,10 @@ def packed_bytes(storage: NumFormat, count: np.ndarray, channels: np.ndarray, pl
         channels: its output channels.
         planes: as planes in a blob, whose own bytes are not counted; else in ONNX's types, or as int8 if that is less.
     """
-    tables = np.asarray(1 if storage.granularity == "tensor" else channels)
-    table = (TABLE_BYTES + 2.0**storage.bits * tables) * (storage.scheme == "codebook")
+    table = np.zeros(np.shape(count))
+    if storage.scheme == "codebook":
+        tables = np.asarray(1 if storage.granularity == "tensor" else channels)
+        table = table + TABLE_BYTES[storage.granularity] + 2.0**storage.bits * tables
     if planes:
         return np.asarray(storage.bits * np.ceil(count / 8) + PART_BYTES + table)
     bits = field_bits(storage)

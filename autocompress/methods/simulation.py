@@ -72,18 +72,41 @@ def _straight(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
 
 
 def input_taps(plan: CompressionPlan) -> dict[str, Tap]:
-    """What layers that quantize their input while they run make of it."""
+    """What layers that round their input while they run make of it."""
     taps: dict[str, Tap] = {}
     for name, layer in plan.layers.items():
         if layer.compute == "int8_dynamic":
             taps[name] = dynamic_tap()
         elif layer.compute == "weight_only":
             taps[name] = block_tap(layer.storage.block or BLOCK)
+        elif layer.compute == "fp16":
+            taps[name] = half_tap
+    return taps
+
+
+def half_tap(value: torch.Tensor) -> torch.Tensor:
+    """Rounds to 16-bit floats."""
+    return _straight(value, value.detach().half().to(value.dtype))
+
+
+def _behind_halves(compressed: CompressedModel, taps: dict[str, Tap]) -> dict[str, Tap]:
+    """The taps, with one before them where a layer that computes in 16-bit floats gives its result."""
+
+    def both(first: Tap, second: Tap | None) -> Tap:
+        return first if second is None else lambda value: second(first(value))
+
+    for layer in compressed.graph.compressible:
+        plan = compressed.plan.layers.get(layer.name)
+        if plan is not None and plan.compute == "fp16":
+            taps[layer.outputs[0]] = both(half_tap, taps.get(layer.outputs[0]))
     return taps
 
 
 def integer_biases(compressed: CompressedModel) -> dict[str, torch.Tensor]:
-    """The biases of int8 layers as the runtime adds them: 32-bit integers times input scale times weight scale."""
+    """The biases of int8 layers as the runtime adds them: 32-bit integers times input scale times weight scale.
+
+    Where two layers share a bias it is left as it is.
+    """
     graph, limits = compressed.graph, torch.iinfo(torch.int32)
     found: dict[str, torch.Tensor] = {}
     for layer in graph.compressible:
@@ -106,7 +129,8 @@ def build_compressed(compressed: CompressedModel) -> GraphModule:
     while it runs, are rounded as the runtime rounds them.  The module takes and gives what the original does.
     """
     module = GraphModule(compressed.graph, {**compressed.weights, **integer_biases(compressed)})
-    module.taps = activation_taps({name: compressed.ranges[name] for name in compressed.plan.activations})
+    taps = activation_taps({name: compressed.ranges[name] for name in compressed.plan.activations})
+    module.taps = _behind_halves(compressed, taps)
     module.input_taps = input_taps(compressed.plan)
     module.eval()
     return module
