@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from autocompress.methods.calibration_report import CalibrationReport
 from autocompress.plan import CompressionPlan, ModelGraph
 
 
@@ -23,6 +24,7 @@ class CompressedModel:
             ``[out_channels, blocks]`` where blocks of inputs have their own: ``weight = scale * integer``.  A codebook
             needs no table beside them: it is the integers that occur.
         ranges: for each tensor of ``plan.activations``, the (lowest, highest) value it represents.
+        calibration: how ranges and corrections were chosen, where post-training quantization chose them.
     """
 
     graph: ModelGraph
@@ -30,3 +32,4 @@ class CompressedModel:
     plan: CompressionPlan
     weight_scales: Mapping[str, torch.Tensor] = field(default_factory=dict)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    calibration: CalibrationReport | None = None

@@ -21,3 +21,14 @@ SUMMARIES = {
     "student": "starts from a narrower model, with the original's best channels or fresh weights",
     "distillation": "recovers a candidate from the original's outputs, its number formats simulated",
 }
+
+RANGE_METHODS = Registry(
+    "ranges",
+    {
+        "minmax": "autocompress.methods.calibration:minmax",
+        "percentile": "autocompress.methods.calibration:percentile",
+        "mse": "autocompress.methods.calibration:least_squares",
+        "entropy": "autocompress.methods.calibration:entropy",
+    },
+)
+"""How the range of a quantized activation is chosen; each entry takes a sample and bits and gives (low, high)."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 
 from autocompress.graph.executor import GraphModule, Tap
+from autocompress.methods.calibration import least_squares
 from autocompress.methods.quantization import weight_axis
 from autocompress.plan import Layer, ModelGraph
 
@@ -23,6 +24,9 @@ WIDEST = 5000
 
 SAMPLED_VALUES = 65536
 """Values of an activation kept for choosing its range."""
+
+choose_range = least_squares
+"""How ranges are chosen where nothing else is asked for."""
 
 
 @dataclass
@@ -95,6 +99,7 @@ def collect(
     counts: dict[str, int] = {}
     sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
     samples: dict[str, list[torch.Tensor]] = {}
+    extremes: dict[str, torch.Tensor] = {}
     readers: dict[str, list[Layer]] = {}
     producers: dict[str, Layer] = {}
     for layer in graph.compressible:
@@ -109,10 +114,14 @@ def collect(
         def tap(value: torch.Tensor) -> torch.Tensor:
             if value.is_floating_point():
                 flat = value.detach().flatten()
-                take = min(flat.numel(), SAMPLED_VALUES // 4)
-                chosen = flat[torch.randint(flat.numel(), (take,), generator=generator)]
-                edges = torch.stack([flat.min(), flat.max()])
-                samples.setdefault(name, []).append(torch.cat([chosen, edges]))
+                if flat.numel() > SAMPLED_VALUES // 4:
+                    chosen = flat[torch.randint(flat.numel(), (SAMPLED_VALUES // 4,), generator=generator)]
+                else:
+                    chosen = flat.clone()
+                samples.setdefault(name, []).append(chosen)
+                edges = torch.stack(flat.aminmax())
+                known = extremes.setdefault(name, edges)
+                extremes[name] = torch.stack([torch.minimum(known[0], edges[0]), torch.maximum(known[1], edges[1])])
                 if name in producers:
                     _accumulate(sums, producers[name], value)
             value = inner(value) if inner else value
@@ -149,8 +158,17 @@ def collect(
         mean = total / count
         result.means[name] = mean
         result.deviations[name] = (squares / count - mean.square()).clamp_min(0).sqrt()
-    result.samples = {name: _thinned(torch.cat(parts)) for name, parts in samples.items()}
+    result.samples = {name: _thinned(torch.cat(parts), extremes[name]) for name, parts in samples.items()}
     return result
+
+
+def merge(first: CalibrationStatistics, second: CalibrationStatistics) -> CalibrationStatistics:
+    """Statistics of ``first`` with samples and extremes of both: for ranges that cover all of the data."""
+    samples = {}
+    for name, sample in first.samples.items():
+        both = torch.cat([sample, second.samples[name]])
+        samples[name] = _thinned(both, torch.stack(both.aminmax()))
+    return replace(first, samples=samples)
 
 
 def _is_followed(graph: ModelGraph, layer: Layer) -> bool:
@@ -160,12 +178,12 @@ def _is_followed(graph: ModelGraph, layer: Layer) -> bool:
     return layer.attributes.get("group", 1) == 1 and len(graph.tensors[layer.inputs[1]].shape) == 4
 
 
-def _thinned(sample: torch.Tensor) -> torch.Tensor:
-    """At most ``SAMPLED_VALUES`` values spread over all batches, the extremes among them."""
-    if sample.numel() <= SAMPLED_VALUES:
-        return sample
-    step = -(-sample.numel() // (SAMPLED_VALUES - 2))
-    return torch.cat([sample[::step], sample.min()[None], sample.max()[None]])
+def _thinned(sample: torch.Tensor, extremes: torch.Tensor) -> torch.Tensor:
+    """At most ``SAMPLED_VALUES`` values spread over all batches, with the extremes of all that was seen."""
+    most = SAMPLED_VALUES - 2
+    if sample.numel() > most:
+        sample = sample[torch.linspace(0, sample.numel() - 1, most, dtype=torch.float64).long()]
+    return torch.cat([sample, extremes])
 
 
 def _accumulate(sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]], layer: Layer, value: torch.Tensor) -> None:
@@ -176,20 +194,3 @@ def _accumulate(sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]], layer: 
         sums[layer.name] = (before[0] + total, before[1] + squares, before[2] + channels.shape[1])
     else:
         sums[layer.name] = (total, squares, channels.shape[1])
-
-
-def choose_range(sample: torch.Tensor, bits: int = 8) -> tuple[float, float]:
-    """The range of least squared quantization error among shrunk min-max ranges."""
-    low, high = min(float(sample.min()), 0.0), max(float(sample.max()), 0.0)
-    if high - low < 1e-8:
-        return 0.0, 1e-6
-    levels = 2**bits - 1
-    best, chosen = float("inf"), (low, high)
-    for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5):
-        scale = (high - low) * shrink / levels
-        zero = round(-low * shrink / scale)
-        rounded = ((sample / scale).round() + zero).clamp(0, levels).sub(zero) * scale
-        error = float((rounded - sample).square().mean())
-        if error < best:
-            best, chosen = error, (low * shrink, high * shrink)
-    return chosen

@@ -16,7 +16,7 @@ from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.formats import STORAGES, describe, refusal
 from autocompress.methods.quantization import affine_parameters
 from autocompress.methods.simulation import build_compressed
-from autocompress.plan import FLOAT16, LayerPlan, ModelGraph
+from autocompress.plan import FLOAT16, LayerPlan, ModelGraph, NumFormat
 from autocompress.runtime.kernels import check_kernels, executed_kernels, optimized_graph
 from autocompress.runtime.session import make_session
 from tests.graphs import GraphMaker, compress
@@ -167,3 +167,14 @@ def test_a_tensor_that_two_layers_quantize_while_they_run_is_quantized_once() ->
         expected = build_compressed(compressed)(inputs)
     for found, wanted in zip(make_session(artifact).run(None, {"given": inputs.numpy()}), expected, strict=True):
         np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4)
+
+
+def test_numbers_that_fill_more_than_one_chunk_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autocompress.export.storage.CHUNK_WEIGHTS", 4096)
+    for kind in ("conv", "matmul"):
+        compressed = made(kind, LayerPlan(storage=NumFormat(bits=5)))
+        inputs = torch.randn((2, *compressed.graph.tensors["given"].shape))
+        with torch.no_grad():
+            expected = build_compressed(compressed)(inputs).numpy()
+        found = make_session(to_onnx(compressed).SerializeToString()).run(None, {"given": inputs.numpy()})[0]
+        np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -7,9 +7,9 @@ import torch
 
 from autocompress.errors import UsageError
 from autocompress.methods.formats import BLOCKS, CODEBOOKS, INTEGERS, describe
+from autocompress.methods.input_rounding import block_tap, dynamic_tap
 from autocompress.methods.rounding import integer_range, round_with_compensation
 from autocompress.methods.rounding_formats import column_scales, format_scales, round_to_format, round_to_table
-from autocompress.methods.simulation import block_tap, dynamic_tap
 from autocompress.plan import FLOAT16, NumFormat
 
 
