@@ -14,7 +14,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Compute = Literal["fp32", "int8"]
+Compute = Literal["fp32", "fp16", "int8", "int8_dynamic", "weight_only"]
+Searched = Literal["fp32", "int8"]
 Source = Literal["measured", "fitted", "analytic", "unknown"]
 Attribute = int | float | str | tuple[int, ...] | tuple[float, ...]
 
@@ -184,7 +185,13 @@ def layer_macs(graph: ModelGraph, layer: Layer) -> int:
 
 
 class NumFormat(Value):
-    """How numbers are stored: ``float`` of ``bits``, or ``affine`` integers with a scale."""
+    """How numbers are stored.
+
+    ``affine``: integers of ``bits`` times a float32 scale, one for the ``tensor``, an output ``channel``, or a
+    ``block`` of ``block`` consecutive inputs of an output channel.  ``codebook``: indices of ``bits`` into a table of
+    8-bit integers (one table a tensor or an output channel), times a scale an output channel.  ``float``: of 16 or 32
+    bits.
+    """
 
     bits: int
     scheme: Literal["affine", "codebook", "log", "float"] = "affine"
@@ -194,13 +201,18 @@ class NumFormat(Value):
 
 
 FLOAT32 = NumFormat(bits=32, scheme="float", granularity="tensor")
+FLOAT16 = NumFormat(bits=16, scheme="float", granularity="tensor")
 INT8_WEIGHT = NumFormat(bits=8)
 INT4_WEIGHT = NumFormat(bits=4)
 UINT8_ACTIVATION = NumFormat(bits=8, symmetric=False, granularity="tensor")
 
 
 class LayerPlan(Value):
-    """What one weight layer becomes: the type it computes in, and the format its weights are stored in."""
+    """What one weight layer becomes: the type it computes in, and the format its weights are stored in.
+
+    ``int8`` takes activations whose scales are known before; ``int8_dynamic`` quantizes its input while it runs, over
+    the range of that whole tensor; ``weight_only`` multiplies few-bit weights that have a scale a block.
+    """
 
     compute: Compute = "fp32"
     storage: NumFormat = FLOAT32

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from autocompress.config import read_yaml
 from autocompress.errors import UsageError, nearest_names
 from autocompress.patterns import match_layers
-from autocompress.plan import Compute
+from autocompress.plan import Searched
 from autocompress.resources import find_resource, resource_names
 
 WeightBits = Literal[4, 8, 32]
@@ -32,7 +32,7 @@ class Rule(_Section):
 
     layers: str
     keep: tuple[float, ...] | None = None
-    compute: tuple[Compute, ...] | None = None
+    compute: tuple[Searched, ...] | None = None
     weight_bits: tuple[WeightBits, ...] | None = None
 
     @field_validator("keep", "compute", "weight_bits")
@@ -105,7 +105,7 @@ class SearchSpace(_Section):
 
     description: str = ""
     keep: tuple[float, ...] = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-    compute: tuple[Compute, ...] = ("fp32", "int8")
+    compute: tuple[Searched, ...] = ("fp32", "int8")
     weight_bits: tuple[WeightBits, ...] = (32, 8, 4)
     students: Students = Field(default_factory=Students)
     distillation: Distillation = Field(default_factory=Distillation)

@@ -11,6 +11,8 @@ import torch
 
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.quantization import activation_formats, affine_parameters, weight_axis
+from autocompress.methods.rounding_formats import round_to_format
+from autocompress.methods.statistics import from_matrix, weight_matrix
 from autocompress.plan import Attribute, CompressionPlan, Layer, LayerPlan, ModelGraph, Tensor
 
 
@@ -99,6 +101,12 @@ class GraphMaker:
         bias = self.weight(f"{name}.bias", (self.rng.standard_normal(out) * 0.1).astype(np.float32))
         return self.op("Gemm", (source, weight, bias), output or f"{name}_out", (out,), name=name, transB=1)
 
+    def matmul(self, source: str, out: int, name: str) -> str:
+        *rows, features = self.tensors[source].shape
+        values = self.rng.standard_normal((features, out)) * features**-0.5
+        weight = self.weight(f"{name}.weight", values.astype(np.float32))
+        return self.op("MatMul", (source, weight), f"{name}_out", (*rows, out), name=name)
+
     def build(self, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> ModelGraph:
         return ModelGraph(layers=tuple(self.layers), tensors=self.tensors, inputs=inputs, outputs=outputs)
 
@@ -152,6 +160,8 @@ def evaluate(
             out = functional.conv2d(args[0], args[1], args[2], strides, pads[:2], groups=group)
         elif layer.op == "Gemm":
             out = functional.linear(args[0], args[1], args[2])
+        elif layer.op == "MatMul":
+            out = args[0] @ args[1]
         elif layer.op == "Relu":
             out = functional.relu(args[0])
         elif layer.op == "Clip":
@@ -181,10 +191,13 @@ def compress(
     values = evaluate(graph, weights, calibration)
     rounded, scales = dict(weights), {}
     for name, plan in layers.items():
-        if plan.storage.scheme != "affine":
-            continue
         layer = graph.by_name[name]
         weight, axis = weights[layer.inputs[1]], weight_axis(layer)
+        if plan.storage.scheme != "affine" or plan.storage.granularity == "block":
+            matrix, scale = round_to_format(weight_matrix(layer, weight).contiguous(), plan.storage)
+            rounded[layer.inputs[1]] = from_matrix(layer, matrix, weight.shape).contiguous()
+            scales |= {} if scale is None else {name: scale}
+            continue
         dims = [d for d in range(weight.dim()) if d != axis]
         top = 2 ** (plan.storage.bits - 1) - 1
         scale = (weight.abs().amax(dims) / top).clamp_min(1e-8)

@@ -9,7 +9,7 @@ import numpy as np
 from autocompress.errors import UsageError
 from autocompress.export.builder import GraphBuilder
 from autocompress.methods.compressed import CompressedModel
-from autocompress.methods.quantization import affine_parameters, gates, hard_sigmoid_line
+from autocompress.methods.quantization import affine_parameters, hard_sigmoid_line, smooth_gates
 from autocompress.plan import Layer
 
 MOVERS = frozenset({"Flatten", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"})
@@ -68,9 +68,9 @@ class Activations:
 
     def _swishes(self) -> tuple[dict[str, str], set[str]]:
         products, parts = {}, set()
-        for gate, product in gates(self.graph).items():
+        for gate, product in smooth_gates(self.graph).items():
             layer = self.graph.by_name[gate]
-            if layer.op == "Sigmoid" and layer.inputs[0] in self.scales and layer.outputs[0] not in self.scales:
+            if layer.inputs[0] in self.scales and layer.outputs[0] not in self.scales:
                 products[product] = layer.inputs[0]
                 parts.add(gate)
         return products, parts
@@ -121,7 +121,7 @@ class Activations:
 
     def as_float_widened(self, tensor: str, channels: int) -> str:
         """The tensor as float32 with more channels, all 0."""
-        scale, zero = self.scales[tensor]
+        zero = self.scales[tensor][1]
         rank = 1 + len(self.graph.tensors[tensor].shape)
         ends = [0] * rank + [0, channels] + [0] * (rank - 2)
         inputs = [self.integers[tensor], self.out.constant(np.array(ends, np.int64))]

@@ -10,9 +10,21 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from autocompress.export.integers import pack_int4
+from autocompress.export.integers import pack_fields
 from autocompress.plan import Attribute
 
+OPSET = 21
+"""The newest operators that a file needs as a rule."""
+
+OPSET_2_BITS = 25
+"""The first with a type of two bits."""
+
+IR_VERSIONS = {OPSET: 10, OPSET_2_BITS: 13}
+
+RUNTIME_DOMAIN = "com.microsoft"
+"""Where ONNX Runtime keeps its own operators."""
+
+_FIELDS = {int(TensorProto.INT2): 2, int(TensorProto.UINT2): 2, int(TensorProto.INT4): 4, int(TensorProto.UINT4): 4}
 _ALPHABET = string.ascii_letters + string.digits
 
 
@@ -26,9 +38,18 @@ def short_names(taken: frozenset[str]) -> Iterator[str]:
 
 
 class GraphBuilder:
-    """Collects nodes and initializers; equal initializers are stored once."""
+    """Collects nodes and initializers; equal initializers are stored once.
+
+    Attributes:
+        nodes: in execution order.
+        initializers: the stored tensors.
+        opset: the version of ONNX's operators that they need.
+        domains: other domains whose operators are among them.
+    """
 
     def __init__(self, taken: frozenset[str]) -> None:
+        self.opset = OPSET
+        self.domains: set[str] = set()
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self._names = short_names(taken)
@@ -38,7 +59,7 @@ class GraphBuilder:
         """A name that nothing has yet."""
         return next(self._names)
 
-    def node(self, op: str, inputs: Sequence[str], output: str = "", **attributes: int) -> str:
+    def node(self, op: str, inputs: Sequence[str], output: str = "", **attributes: Attribute) -> str:
         """Adds a node with one output and returns that output's name."""
         made = output or self.name()
         self.layer(op, inputs, [made], attributes)
@@ -59,13 +80,21 @@ class GraphBuilder:
             made.domain = domain
         if name:
             made.name = name
+        if domain:
+            made.domain = domain
+            self.domains.add(domain)
         made.attribute.extend(helper.make_attribute(key, value) for key, value in sorted(attributes.items()))
         self.nodes.append(made)
 
-    def constant(self, values: np.ndarray, int4: bool = False) -> str:
-        """The name of an initializer with these values; ``int4`` packs integers two a byte."""
-        if int4:
-            kind, raw = int(TensorProto.INT4), pack_int4(values).tobytes()
+    def constant(self, values: np.ndarray | np.generic, kind: int = 0) -> str:
+        """The name of an initializer with these values, of ``TensorProto`` type ``kind`` (by default their own).
+
+        Integers of a type of 2 or 4 bits are packed four or two a byte.
+        """
+        if kind in _FIELDS:
+            raw = pack_fields(np.asarray(values), _FIELDS[kind]).tobytes()
+            if _FIELDS[kind] == 2:
+                self.opset = OPSET_2_BITS
         else:
             kind, raw = int(helper.np_dtype_to_tensor_dtype(values.dtype)), np.ascontiguousarray(values).tobytes()
         key = (kind, values.shape, raw)

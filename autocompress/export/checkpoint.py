@@ -1,13 +1,15 @@
 """A compressed model on disk: ``model.safetensors`` holds the numbers, ``plan.json`` everything else.
 
-Weights with an affine format are stored as integers (int8, or two 4-bit integers a byte) under their own name, with
-their scales under ``scale/<layer>``; all other tensors as they are.  Nothing is pickled.  Writing is atomic: the
-tensors first, then the plan, which names the digest that the tensors must carry.
+Weights stored as integers lie under their own name, with their scales under ``scale/<layer>``: of 7 and 8 bits as
+int8, of 2 and 4 bits four and two a byte, of other widths as planes.  Of a codebook these are indices, and its tables
+lie under ``table/<layer>``.  Weights of 16 bits are halves, all other tensors as they are.  Nothing is pickled.
+Writing is atomic: the tensors first, then the plan, which names the digest that the tensors must carry.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,19 @@ from safetensors import SafetensorError, safe_open
 
 from autocompress.errors import UsageError
 from autocompress.export.files import write_atomic
-from autocompress.export.integers import along_channels, pack_int4, unpack_int4, weight_integers
+from autocompress.export.integers import (
+    codebook,
+    grid_scale,
+    pack_fields,
+    pack_planes,
+    unpack_fields,
+    unpack_planes,
+    weight_integers,
+)
 from autocompress.methods.compressed import CompressedModel
-from autocompress.plan import CompressionPlan, Layer, LayerPlan, ModelGraph, Value
+from autocompress.methods.formats import is_integer
+from autocompress.methods.quantization import weight_axis
+from autocompress.plan import CompressionPlan, Layer, LayerPlan, ModelGraph, NumFormat, Value
 
 SCHEMA = 1
 TENSORS = "model.safetensors"
@@ -41,20 +53,13 @@ def save_checkpoint(compressed: CompressedModel, directory: Path | str) -> None:
     """Writes both files into ``directory`` (made if it is not there).
 
     Raises:
-        UsageError: the weights of a layer with an affine format do not lie on its grid, so that storing integers
-            would change the model.
+        UsageError: the weights of a layer are not what its format can hold: storing them would change the model.
     """
     stored: dict[str, torch.Tensor] = {}
     for name in compressed.graph.weight_names():
         stored[name] = compressed.weights[name].detach().cpu().contiguous()
-    for weight, (layer, plan) in _affine(compressed.graph, compressed.plan).items():
-        integers, scale = weight_integers(compressed, layer, plan)
-        if not torch.equal(_restore(layer, integers, scale), stored[weight]):
-            raise UsageError(
-                f"the weights of layer {layer.name!r} are not {plan.storage.bits}-bit integers times their scale; "
-                "quantize them before saving"
-            )
-        stored[weight] = torch.from_numpy(pack_int4(integers) if plan.storage.bits == 4 else integers)
+    for weight, (layer, plan) in _formats(compressed.graph, compressed.plan).items():
+        stored.update(_packed(compressed, weight, layer, plan))
     for name, tensor in compressed.weight_scales.items():
         stored[f"scale/{name}"] = tensor.detach().cpu().contiguous()
     digest = compressed.plan.digest
@@ -85,13 +90,17 @@ def load_compressed(directory: Path | str) -> CompressedModel:
             raise UsageError(f"{folder / TENSORS} has no tensor {name!r}, which the model needs")
         weights[name] = tensors[name]
     scales = {key.removeprefix("scale/"): value for key, value in tensors.items() if key.startswith("scale/")}
-    for weight, (layer, layer_plan) in _affine(graph, plan).items():
-        if layer.name not in scales:
-            raise UsageError(f"{folder / TENSORS} has no scales for layer {layer.name!r}")
-        integers = weights[weight].numpy()
-        if layer_plan.storage.bits == 4:
-            integers = unpack_int4(integers, graph.tensors[weight].shape)
-        weights[weight] = _restore(layer, integers, scales[layer.name].numpy())
+    tables = {key.removeprefix("table/"): value for key, value in tensors.items() if key.startswith("table/")}
+    for weight, (layer, layer_plan) in _formats(graph, plan).items():
+        if layer_plan.storage.scheme == "float":
+            weights[weight] = weights[weight].float()
+            continue
+        for what, found in (("scales", scales), ("table", tables)):
+            if layer.name not in found and (what == "scales" or layer_plan.storage.scheme == "codebook"):
+                raise UsageError(f"{folder / TENSORS} has no {what} for layer {layer.name!r}")
+        shape = graph.tensors[weight].shape
+        integers = _unpacked(layer, layer_plan.storage, weights[weight], tables.get(layer.name), shape)
+        weights[weight] = _restore(layer, integers, scales[layer.name].numpy(), layer_plan.storage)
     return CompressedModel(graph=graph, weights=weights, plan=plan, weight_scales=scales, ranges=description.ranges)
 
 
@@ -109,18 +118,58 @@ def read_plan(path: Path | str) -> tuple[ModelGraph, CompressionPlan]:
     return description.graph, description.plan
 
 
-def _affine(graph: ModelGraph, plan: CompressionPlan) -> dict[str, tuple[Layer, LayerPlan]]:
-    """For each weight stored as integers, the (first) layer that says how."""
+def _formats(graph: ModelGraph, plan: CompressionPlan) -> dict[str, tuple[Layer, LayerPlan]]:
+    """For each weight not stored as float32, the (first) layer that says how."""
     found: dict[str, tuple[Layer, LayerPlan]] = {}
     for layer in graph.compressible:
         layer_plan = plan.layers.get(layer.name)
-        if layer_plan is not None and layer_plan.storage.scheme == "affine":
+        if layer_plan is not None and (is_integer(layer_plan.storage) or layer_plan.storage.bits == 16):
             found.setdefault(layer.inputs[1], (layer, layer_plan))
     return found
 
 
-def _restore(layer: Layer, integers: np.ndarray, scale: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(integers.astype(np.float32) * along_channels(layer, integers, scale))
+def _packed(compressed: CompressedModel, weight: str, layer: Layer, plan: LayerPlan) -> dict[str, torch.Tensor]:
+    """What is stored for one weight: itself, and a codebook's tables."""
+    storage, given = plan.storage, compressed.weights[weight].detach().cpu()
+    if storage.scheme == "float":
+        half = given.half()
+        if not torch.equal(half.float(), given):
+            raise UsageError(f"the weights of layer {layer.name!r} are no 16-bit floats; round them before saving")
+        return {weight: half.contiguous()}
+    integers, scale = weight_integers(compressed, layer, plan)
+    if not torch.equal(_restore(layer, integers, scale, storage), given):
+        raise UsageError(
+            f"the weights of layer {layer.name!r} are not {storage.bits}-bit integers times their scale; "
+            "quantize them before saving"
+        )
+    if storage.scheme == "codebook":
+        tables, indices = codebook(integers, storage, weight_axis(layer), layer.name)
+        return {
+            weight: torch.from_numpy(_packer(storage)(indices, storage.bits)),
+            f"table/{layer.name}": torch.from_numpy(tables),
+        }
+    return {weight: torch.from_numpy(integers if storage.bits > 6 else _packer(storage)(integers, storage.bits))}
+
+
+def _packer(storage: NumFormat) -> Callable[[np.ndarray, int], np.ndarray]:
+    return pack_fields if storage.bits in (2, 4) else pack_planes
+
+
+def _unpacked(
+    layer: Layer, storage: NumFormat, stored: torch.Tensor, tables: torch.Tensor | None, shape: tuple[int, ...]
+) -> np.ndarray:
+    """The integers that ``_packed`` stored."""
+    given, unpack = stored.numpy(), unpack_fields if storage.bits in (2, 4) else unpack_planes
+    if tables is None:
+        return given if storage.bits > 6 else unpack(given, storage.bits, shape)
+    axis = weight_axis(layer)
+    indices = np.moveaxis(unpack(given, storage.bits, shape, signed=False), axis, 0)
+    values = np.take_along_axis(tables.numpy(), indices.reshape(len(tables), -1), axis=1)
+    return np.ascontiguousarray(np.moveaxis(values.reshape(indices.shape), 0, axis))
+
+
+def _restore(layer: Layer, integers: np.ndarray, scale: np.ndarray, storage: NumFormat) -> torch.Tensor:
+    return torch.from_numpy(integers.astype(np.float32) * grid_scale(layer, integers, scale, storage))
 
 
 def _read_description(path: Path) -> _Description:

@@ -7,8 +7,10 @@ What decides the form, each found by reading ONNX Runtime's optimized graph:
 * Its bias stays float32: where a QuantizeLinear follows, the runtime turns it into int32 itself (its
   ``WeightBiasQuantization`` rewrite), and a stored int32 bias would need a second scale for every channel.  Where
   none follows (an output of the model) the bias is stored as int32, without which the layer would not be replaced.
-* Four-bit weights pass through a Cast to int8: a DequantizeLinear on int4 itself is executed at every run.
+* Weights of fewer than 8 bits become int8 by nodes that are folded when the model is loaded (``export/storage.py``): a
+  DequantizeLinear on int4 itself is executed at every run.
 * Integer weights of a float32 layer are ``Cast -> Mul``: folded when the model is loaded.  A DequantizeLinear is not.
+* A product in ``int8_dynamic`` is ``DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul [-> Add]``: one kernel.
 * A float32 layer between int8 tensors would be quantized behind the plan's back by the same rewrite.  It asks for a
   scale per tensor, so such a layer reads its input through a DequantizeLinear with one (equal) scale per channel.
 * Operators that only move values (MaxPool, Flatten, ...) work on the integers themselves.
@@ -24,17 +26,11 @@ import onnx
 from onnx import helper
 
 from autocompress.export.activations import INTEGER_KERNELS, Activations
-from autocompress.export.builder import GraphBuilder
+from autocompress.export.builder import IR_VERSIONS, RUNTIME_DOMAIN, GraphBuilder
 from autocompress.export.files import write_atomic
 from autocompress.export.weights import WeightLayers
 from autocompress.methods.compressed import CompressedModel
 from autocompress.plan import Layer, ModelGraph, Tensor, is_weight_layer
-
-OPSET = 21
-IR_VERSION = 10
-
-CONTRIB = "com.microsoft"
-"""The domain of ONNX Runtime's own operators."""
 
 
 def to_onnx(compressed: CompressedModel, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
@@ -73,10 +69,9 @@ class _Exporter:
         graph.initializer.extend(self.out.initializers)
         graph.input.extend(_value_info(self.graph.tensors[name]) for name in self.graph.inputs)
         graph.output.extend(_value_info(self.graph.tensors[name]) for name in self.graph.outputs)
-        domains = [helper.make_opsetid("", OPSET)]
-        if any(node.domain == CONTRIB for node in self.out.nodes):
-            domains.append(helper.make_opsetid(CONTRIB, 1))
-        made = onnx.ModelProto(ir_version=IR_VERSION, graph=graph, opset_import=domains)
+        versions = [helper.make_opsetid("", self.out.opset)]
+        versions += [helper.make_opsetid(domain, 1) for domain in sorted(self.out.domains)]
+        made = onnx.ModelProto(ir_version=IR_VERSIONS[self.out.opset], graph=graph, opset_import=versions)
         for key, value in metadata.items():
             made.metadata_props.add(key=key, value=value)
         onnx.checker.check_model(made, full_check=True)
@@ -114,7 +109,7 @@ class _Exporter:
         """``x * sigmoid(x)`` of integers: one float kernel between two conversions is faster than two integer ones."""
         source, result = self.activations.swishes[layer.name], layer.outputs[0]
         made = self._output_name(result)
-        self.out.layer("QuickGelu", [self.activations.as_float(source)], [made], {"alpha": 1.0}, domain=CONTRIB)
+        self.out.layer("QuickGelu", [self.activations.as_float(source)], [made], {"alpha": 1.0}, domain=RUNTIME_DOMAIN)
         if source in self.activations.born_int8:
             self.activations.born_int8.add(result)
         self.activations.produced(result, made)
@@ -144,4 +139,6 @@ def node_names(graph: ModelGraph) -> dict[str, str]:
 
 def _value_info(tensor: Tensor) -> onnx.ValueInfoProto:
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-    return helper.make_tensor_value_info(tensor.id, kind, ["N", *tensor.shape])
+    # The graph's shapes leave the batch out of floating tensors only.
+    rest = tensor.shape if tensor.dtype.startswith("float") else tensor.shape[1:]
+    return helper.make_tensor_value_info(tensor.id, kind, ["N", *rest])

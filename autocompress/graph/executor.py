@@ -20,9 +20,10 @@ class GraphModule(nn.Module):
 
     Parameters keep the names they had in the model that was read (``layer1.0.conv1.weight``), so a state dict of
     the one is readable beside the other.  What the model does not learn (constants, running statistics) is a buffer.
-    Three dictionaries change what is computed and are empty by default:
+    Four dictionaries change what is computed and are empty by default:
 
     - ``taps[tensor]``: replaces an activation by what the callable gives for it (observe it, or quantize it);
+    - ``input_taps[layer]``: replaces a layer's first input, for that layer alone;
     - ``weight_taps[layer]``: replaces a layer's weight in the same way;
     - ``norms[layer]``: a module applied to a layer's output before anything reads it (batch norm while training).
     """
@@ -38,6 +39,7 @@ class GraphModule(nn.Module):
             )
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self.taps: dict[str, Tap] = {}
+        self.input_taps: dict[str, Tap] = {}
         self.weight_taps: dict[str, Tap] = {}
         self.norms = nn.ModuleDict()
         self._last_reader = _last_readers(graph)
@@ -105,7 +107,8 @@ class GraphModule(nn.Module):
                 tap = self.weight_taps.get(layer.name) if slot == 1 else None
                 arguments.append(tap(stored) if tap else stored)
             else:
-                arguments.append(values[name])
+                tap = self.input_taps.get(layer.name) if slot == 0 else None
+                arguments.append(tap(values[name]) if tap else values[name])
         result = OPERATORS[layer.op](layer.attributes, *arguments)
         outputs = result if isinstance(result, tuple) else (result,)
         norm = self.norm_of(layer)

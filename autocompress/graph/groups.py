@@ -125,7 +125,7 @@ def _activation_members(
     tangled: dict[int, str] = {}
     for name, labels in flow.values.items():
         tensor = graph.tensors[name]
-        if not tensor.dtype.startswith("float"):
+        if not tensor.dtype.startswith("float") or labels.dim() == 0:
             continue
         (narrow,) = narrowed(labels)
         numbers = torch.from_numpy(linked[flow.classes[narrow.numpy()]])

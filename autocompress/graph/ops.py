@@ -54,6 +54,7 @@ _ELEMENTWISE: dict[str, Operator] = {
     "Cos": torch.cos, "Not": torch.logical_not, "And": torch.logical_and, "Or": torch.logical_or,
     "Less": torch.lt, "Greater": torch.gt, "LessOrEqual": torch.le, "GreaterOrEqual": torch.ge,
     "Identity": lambda x: x, "Equal": torch.eq, "Where": torch.where, "Softplus": F.softplus, "Mish": F.mish,
+    "IsNaN": torch.isnan, "Xor": torch.logical_xor,
 }  # fmt: skip
 for _name, _function in _ELEMENTWISE.items():
     _elementwise(_name, _function)
@@ -276,6 +277,11 @@ def _gather(attributes: Attributes, x: torch.Tensor, indices: torch.Tensor) -> t
     axis = int(attributes.get("axis", 0)) % x.dim()  # type: ignore[arg-type]
     flat = x.index_select(axis, indices.reshape(-1).to(x.device))
     return flat.reshape(x.shape[:axis] + indices.shape + x.shape[axis + 1 :])
+
+
+@operator("GatherElements")
+def _gather_elements(attributes: Attributes, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    return torch.gather(x, int(attributes.get("axis", 0)), indices)  # type: ignore[arg-type]
 
 
 @operator("GatherND")

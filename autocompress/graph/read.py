@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from autocompress.errors import UsageError
+from autocompress.graph.attention import joined_transposes, without_dead
 from autocompress.graph.executor import GraphModule
 from autocompress.graph.exporting import Exported, export
 from autocompress.graph.groups import find_groups
@@ -39,7 +40,8 @@ def read_model(
     weights = exported.weights
     raw = _untraced(exported, exported.layers, weights)
     shapes = {name: shape for name, (shape, _) in trace(raw, weights, example_inputs).items()}
-    layers = name_layers(normalise(exported, weights, shapes))
+    layers = joined_transposes(normalise(exported, weights, shapes), shapes, exported.outputs)
+    layers = name_layers(without_dead(layers, exported.outputs))
     used = {name for layer in layers for name in layer.weights}
     weights = {name: value for name, value in weights.items() if name in used}
     graph = _untraced(exported, layers, weights)

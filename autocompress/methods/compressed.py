@@ -18,9 +18,11 @@ class CompressedModel:
     Attributes:
         graph: the model after pruning (shapes are those of the compressed model).
         weights: every name of ``graph.weight_names()`` as a CPU tensor (float32 parameters, int64 constants).
-            Weights of layers with an affine storage format already lie on their grid.
+            Weights already are what their storage format can hold: integers times their scale, or 16-bit floats.
         plan: the plan; ``plan.layers`` is keyed by layer name, ``plan.activations`` by tensor name.
-        weight_scales: for each layer with affine storage, float32 ``[out_channels]``: ``weight = scale * integer``.
+        weight_scales: for each layer with affine or codebook storage, float32 ``[out_channels]``, or
+            ``[out_channels, blocks]`` where blocks of inputs have their own: ``weight = scale * integer``.  A codebook
+            needs no table beside them: it is the integers that occur.
         ranges: for each tensor of ``plan.activations``, the (lowest, highest) value it represents.
         calibration: how ranges and corrections were chosen, where post-training quantization chose them.
     """

@@ -16,9 +16,10 @@ import torch
 from autocompress.graph.executor import GraphModule
 from autocompress.graph.ops import OPERATORS
 from autocompress.methods.compressed import CompressedModel
-from autocompress.methods.quantization import MOVERS, affine_parameters, fused_output, weight_axis
+from autocompress.methods.input_rounding import input_taps
+from autocompress.methods.quantization import FUSED_ACTIVATIONS, MOVERS, affine_parameters, fused_output, weight_axis
 from autocompress.methods.simulation import bias_integers
-from autocompress.plan import Layer, LayerPlan, is_weight_layer
+from autocompress.plan import Layer, LayerPlan
 
 
 @dataclass(frozen=True)
@@ -34,23 +35,62 @@ class _IntegerLayer:
     output: str
 
 
+Operand = tuple[torch.Tensor, float, int]
+"""Integers less their zero point, their scale and that zero point."""
+
+
+def add_integers(first: Operand, second: Operand, output: tuple[float, int]) -> torch.Tensor:
+    """The rounded sum of two quantized tensors, less its zero point, as ``MlasQLinearAdd`` takes it.
+
+    Its two fused multiply-adds round once each: double precision holds their products exactly.
+    """
+    scale, zero = output
+    steps = [torch.tensor(operand[1]) / scale for operand in (first, second)]
+    exact = [step.double() for step in steps]
+    fixed = (zero - (exact[0] * first[2] + (steps[1] * second[2]).double()).float()).float()
+    inner = (exact[1] * (second[0].double() + second[2]) + fixed.double()).float()
+    return (exact[0] * (first[0].double() + first[2]) + inner.double()).float().round_().sub_(zero)
+
+
+def multiply_integers(first: Operand, second: Operand, output: tuple[float, int]) -> torch.Tensor:
+    """The rounded product of two quantized tensors, less its zero point, as ``MlasQLinearMul`` takes it."""
+    scale, zero = output
+    step = torch.tensor(first[1]) * torch.tensor(second[1]) / scale
+    return (first[0] * second[0]).mul_(step).add_(zero).round_().sub_(zero)
+
+
+PAIRS = {"Add": add_integers, "Mul": multiply_integers}
+
+POOLS = frozenset({"AveragePool", "GlobalAveragePool"})
+"""Operators that average integers: their sums are exact where those of scaled values are not."""
+
+
 class ExactModule(GraphModule):
-    """A compressed model computed as the runtime computes it; no gradients, no taps.
+    """A compressed model computed as the runtime computes it; no gradients.
 
     Quantized activations are held as integers less their zero point, in float32.
     """
 
     def __init__(self, compressed: CompressedModel) -> None:
         super().__init__(compressed.graph, compressed.weights)
+        self.input_taps = input_taps(compressed.plan)
         self._scales = activation_scales(compressed)
         self._integer = {
             layer.name: self._prepared(compressed, layer)
             for layer in self.graph.compressible
             if compressed.plan.layers.get(layer.name, LayerPlan()).compute == "int8"
         }
-        held = {made.output for made in self._integer.values() if made.output}
+        self._pairs = {
+            layer.name: fused_output(self.graph, layer)
+            for layer in self.graph.layers
+            if layer.op in PAIRS and len(layer.activations) == 2 and self._scales.keys() >= set(layer.activations)
+        }
+        self._pairs = {name: output for name, output in self._pairs.items() if output in self._scales}
+        held = {made.output for made in self._integer.values() if made.output} | set(self._pairs.values())
         self._absorbed = {
-            layer.name for layer in self.graph.layers if set(layer.outputs) <= held and not is_weight_layer(layer)
+            layer.name
+            for layer in self.graph.layers
+            if layer.op in FUSED_ACTIVATIONS and set(layer.outputs) <= held
         }
 
     def _prepared(self, compressed: CompressedModel, layer: Layer) -> _IntegerLayer:
@@ -93,13 +133,25 @@ class ExactModule(GraphModule):
                 floats[layer.outputs[0]] = sums
             return
         if layer.op in MOVERS and layer.inputs[0] in integers and all(o in self._scales for o in layer.outputs):
-            moved = operator(layer.attributes, integers[layer.inputs[0]], *(self._argument(i) for i in layer.inputs[1:]))
+            rest = [self._argument(name) for name in layer.inputs[1:]]
+            moved = operator(layer.attributes, integers[layer.inputs[0]], *rest)
             integers.update(zip(layer.outputs, moved if isinstance(moved, tuple) else (moved,), strict=False))
+            return
+        if layer.name in self._pairs:
+            output = self._pairs[layer.name]
+            first, second = ((integers[name], *self._scales[name]) for name in layer.activations)
+            integers[output] = self._saturated(output, PAIRS[layer.op](first, second, self._scales[output]))
+            return
+        if layer.op in POOLS and layer.inputs[0] in integers:
+            mean = operator(layer.attributes, integers[layer.inputs[0]]) * self._scales[layer.inputs[0]][0]
+            self._hold(layer.outputs[0], mean, floats, integers)
             return
         arguments = [
             self._argument(name) if name in layer.weights or not name else self._float(name, floats, integers)
             for name in layer.inputs
         ]
+        if layer.name in self.input_taps and isinstance(arguments[0], torch.Tensor):
+            arguments[0] = self.input_taps[layer.name](arguments[0])
         result = operator(layer.attributes, *arguments)
         for name, value in zip(layer.outputs, result if isinstance(result, tuple) else (result,), strict=False):
             if name:

@@ -21,7 +21,8 @@ from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.equalization import channel_maxima, equalize, find_links
 from autocompress.methods.quantization import activation_formats, assign_ranges, fused_output
 from autocompress.methods.registry import RANGE_METHODS
-from autocompress.methods.rounding import round_to_nearest, round_with_compensation, row_scales
+from autocompress.methods.rounding import round_with_compensation
+from autocompress.methods.rounding_formats import column_scales, format_scales, round_to_format
 from autocompress.methods.simulation import build_compressed
 from autocompress.methods.statistics import CalibrationStatistics, collect, from_matrix, merge, weight_matrix
 from autocompress.plan import FLOAT32, CompressionPlan, Compute, Layer, LayerPlan, ModelGraph, NumFormat
@@ -257,26 +258,28 @@ def round_weights(
     hessians: Mapping[str, torch.Tensor],
     compensated: bool,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The weights of layers with an affine format on their grids, and each such layer's scales."""
+    """The weights of each layer as its format can hold them, and the scales of those that are integers."""
     made = dict(weights)
     scales: dict[str, torch.Tensor] = {}
     for layer in graph.compressible:
         storage = plan.layers.get(layer.name, LayerPlan()).storage
-        if storage.scheme != "affine":
+        if storage.scheme == "float" and storage.bits == 32:
             continue
         matrix = weight_matrix(layer, weights[layer.inputs[1]]).float().contiguous()
-        step = row_scales(matrix, storage.bits)
         hessian = hessians.get(layer.name)
         shared = bool(layer.shared_with)
-        if hessian is None or shared or (storage.bits >= 8 and not compensated):
-            rounded = round_to_nearest(matrix, step, storage.bits)
+        step: torch.Tensor | None
+        if storage.scheme != "affine" or hessian is None or shared or (storage.bits >= 8 and not compensated):
+            rounded, step = round_to_format(matrix, storage)
         else:
-            rounded, bias = _compensated(layer, weights, matrix, hessian, step, storage.bits)
+            step = format_scales(matrix, storage)
+            rounded, bias = _compensated(layer, weights, matrix, hessian, step, storage)
             if bias is not None:
                 made[layer.inputs[2]] = bias
         shape = graph.tensors[layer.inputs[1]].shape
         made[layer.inputs[1]] = from_matrix(layer, rounded, shape).contiguous()
-        scales[layer.name] = step
+        if step is not None:
+            scales[layer.name] = step
     return made, scales
 
 
@@ -286,14 +289,15 @@ def _compensated(
     matrix: torch.Tensor,
     hessian: torch.Tensor,
     scales: torch.Tensor,
-    bits: int,
+    storage: NumFormat,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rounded weights, and the bias where the layer has one of its own to take what is left."""
-    if len(layer.inputs) > 2 and layer.inputs[2] and weights[layer.inputs[2]].shape == scales.shape:
-        return round_with_compensation(matrix, weights[layer.inputs[2]], hessian, scales, bits)
+    steps = scales if scales.dim() == 1 else column_scales(scales, storage, matrix.shape[1])
+    if len(layer.inputs) > 2 and layer.inputs[2] and weights[layer.inputs[2]].shape == scales.shape[:1]:
+        return round_with_compensation(matrix, weights[layer.inputs[2]], hessian, steps, storage.bits)
     alone = hessian.clone()
     alone[-1, :-1] = alone[:-1, -1] = 0.0
-    return round_with_compensation(matrix, torch.zeros_like(scales), alone, scales, bits)[0], None
+    return round_with_compensation(matrix, matrix.new_zeros(len(matrix)), alone, steps, storage.bits)[0], None
 
 
 # ---------------------------------------------------------------------------------------------------- the data

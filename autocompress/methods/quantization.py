@@ -50,6 +50,11 @@ def gates(graph: ModelGraph) -> dict[str, str]:
     return found
 
 
+def smooth_gates(graph: ModelGraph) -> dict[str, str]:
+    """The ``gates`` that are Sigmoids."""
+    return {gate: product for gate, product in gates(graph).items() if graph.by_name[gate].op == "Sigmoid"}
+
+
 def activation_formats(graph: ModelGraph, layers: Mapping[str, LayerPlan]) -> dict[str, NumFormat]:
     """The activations that a plan holds in 8 bits: everything an int8 layer reads or writes.
 
@@ -58,8 +63,8 @@ def activation_formats(graph: ModelGraph, layers: Mapping[str, LayerPlan]) -> di
     float32.
     """
     formats: dict[str, NumFormat] = {}
-    smooth = {graph.by_name[product].name for gate, product in gates(graph).items() if graph.by_name[gate].op == "Sigmoid"}
-    inner = {gate for gate, product in gates(graph).items() if product in smooth}
+    smooth = smooth_gates(graph)
+    unrounded = {graph.by_name[gate].outputs[0] for gate in smooth}
 
     def hold(tensor: str) -> None:
         if tensor not in graph.outputs:
@@ -75,12 +80,9 @@ def activation_formats(graph: ModelGraph, layers: Mapping[str, LayerPlan]) -> di
                 hold(tensor)
             hold(fused_output(graph, layer))
     for layer in graph.layers:
-        if layer.op not in FOLLOWERS or layer.name in inner:
+        if layer.op not in FOLLOWERS or layer.name in smooth:
             continue
-        sources = layer.activations
-        if layer.name in smooth:
-            sources = tuple(t for t in sources if graph.producers.get(t) is None or graph.producers[t].name not in inner)
-        if not all(t in formats for t in sources):
+        if not all(t in formats for t in layer.activations if t not in unrounded):
             continue
         if layer.op in ("Add", "Mul") and len(layer.activations) < 2:
             continue  # a constant operand has no integer kernel

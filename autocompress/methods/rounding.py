@@ -50,9 +50,10 @@ def _least_error(weight: torch.Tensor, largest: torch.Tensor, low: int, high: in
 
 
 def round_to_nearest(weight: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """The nearest grid values of ``[rows, columns]``."""
+    """The nearest grid values of ``[rows, columns]``; ``scales`` are ``[rows]``, or one for each weight."""
     low, high = integer_range(bits)
-    return (weight / scales[:, None]).round().clamp(low, high) * scales[:, None]
+    step = scales[:, None] if scales.dim() == 1 else scales
+    return (weight / step).round().clamp(low, high) * step
 
 
 def round_with_compensation(
@@ -64,7 +65,7 @@ def round_with_compensation(
         weight: ``[rows, columns]``.
         bias: ``[rows]``; the coefficient of a constant input, never rounded.
         hessian: ``[columns + 1, columns + 1]``: the inputs' second moments, the constant input last.
-        scales: ``[rows]``.
+        scales: ``[rows]``, or one for each weight.
         bits: of the grid.
 
     Returns:
@@ -75,12 +76,12 @@ def round_with_compensation(
     upper = inverse_factor(hessian).float()
     # Inputs stand in rows here, so that each step reads and writes contiguous memory.
     work = torch.cat([weight.t(), bias[None]]).to(upper.dtype)
-    step = scales.to(upper.dtype)
+    steps = scales.to(upper.dtype).expand(columns, -1) if scales.dim() == 1 else scales.t().to(upper.dtype).contiguous()
     errors = torch.empty(BLOCK, work.shape[1], dtype=work.dtype)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         for column in range(start, stop):
-            value = work[column]
+            value, step = work[column], steps[column]
             rounded = (value / step).round_().clamp_(low, high).mul_(step)
             error = torch.sub(value, rounded, out=errors[column - start]).div_(upper[column, column])
             work[column] = rounded

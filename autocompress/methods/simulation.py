@@ -8,6 +8,7 @@ import torch
 
 from autocompress.graph.executor import GraphModule, Tap
 from autocompress.methods.compressed import CompressedModel
+from autocompress.methods.input_rounding import behind_halves, input_taps
 from autocompress.methods.quantization import affine_parameters
 from autocompress.plan import Layer, LayerPlan
 
@@ -33,17 +34,20 @@ def activation_taps(ranges: Mapping[str, tuple[float, float]]) -> dict[str, Tap]
 def build_compressed(compressed: CompressedModel) -> GraphModule:
     """The compressed model as a torch module in evaluation mode.
 
-    Weights already lie on their grids; biases of int8 layers and activations that the plan holds in 8 bits are rounded as the runtime rounds
-    them.  The module takes and gives what the original does.
+    Weights already lie on their grids; biases of int8 layers, activations that the plan holds in 8 bits, and inputs
+    that a layer rounds while it runs are rounded as the runtime rounds them.  The module takes and gives what the
+    original does.
     """
     module = GraphModule(compressed.graph, {**compressed.weights, **rounded_biases(compressed)})
-    module.taps = activation_taps({name: compressed.ranges[name] for name in compressed.plan.activations})
+    taps = activation_taps({name: compressed.ranges[name] for name in compressed.plan.activations})
+    module.taps = behind_halves(compressed, taps)
+    module.input_taps = input_taps(compressed.plan)
     module.eval()
     return module
 
 
 def bias_integers(compressed: CompressedModel, layer: Layer) -> torch.Tensor | None:
-    """The int32 bias that the runtime adds to an int8 layer's sums, as float32; its step is input times weight scale."""
+    """The int32 bias that the runtime adds to an int8 layer's sums, as float32."""
     if len(layer.inputs) < 3 or not layer.inputs[2]:
         return None
     limit = 2.0**31 - 128  # the largest float32 below 2^31

@@ -20,6 +20,9 @@ from autocompress.errors import UsageError
 from autocompress.methods.compressed import CompressedModel
 from autocompress.plan import LayerPlan
 
+INTEGER_LEVEL = 4
+"""The accuracy_level at which MatMulNBits computes in integers; at 0, its default, it is up to 30 times slower."""
+
 Kind = Literal["int8", "fp32", "convert", "other"]
 
 WEIGHT_KERNELS_INT8 = frozenset(
@@ -33,6 +36,7 @@ WEIGHT_KERNELS_INT8 = frozenset(
         "DynamicQuantizeMatMul",
     }
 )
+WEIGHT_KERNELS_NBITS = frozenset({"MatMulNBits"})
 WEIGHT_KERNELS_FP32 = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"})
 CONVERSIONS = frozenset(
     {
@@ -60,12 +64,17 @@ _MOVERS = frozenset(
         "Concat",
     }
 )
+_FLOAT_RESULTS = frozenset({"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulNBits"})
 _FREE = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Shape", "Constant"})
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One node of the optimized graph; ``name`` is that of the exported node it came from, where it had one."""
+    """One node of the optimized graph; ``name`` is that of the exported node it came from, where it had one.
+
+    ``accuracy_level`` is what a MatMulNBits is told: 4 computes in integers, less in floats.  ``half`` says whether
+    it reads stored 16-bit floats.
+    """
 
     op: str
     domain: str
@@ -73,6 +82,8 @@ class Kernel:
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    accuracy_level: int | None = None
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,11 @@ class KernelReport:
     def int8_weight_layers(self) -> int:
         """Layers with weights that are executed in integers."""
         return sum(node.op in WEIGHT_KERNELS_INT8 for node in self.nodes)
+
+    @property
+    def weight_only_layers(self) -> int:
+        """Products whose weights alone are few-bit integers."""
+        return sum(node.op in WEIGHT_KERNELS_NBITS for node in self.nodes)
 
     @property
     def fp32_weight_layers(self) -> int:
@@ -119,16 +135,27 @@ def executed_kernels(model: Path | str | bytes, threads: int = 1) -> KernelRepor
     """Classifies every node that the runtime executes for an artifact."""
     graph = optimized_graph(model, threads).graph
     integer: set[str] = set()
+    halves = {stored.name for stored in graph.initializer if stored.data_type == onnx.TensorProto.FLOAT16}
     nodes = []
     for node in graph.node:
         kind = _kind(node, integer)
         if (
-            kind == "int8"
+            (kind == "int8" and node.op_type not in _FLOAT_RESULTS)
             or node.op_type == "QuantizeLinear"
             or (node.op_type in _MOVERS | {"Transpose"} and node.input[0] in integer)
         ):
             integer.update(node.output)
-        nodes.append(Kernel(node.op_type, node.domain, kind, node.name, tuple(node.input), tuple(node.output)))
+        made = Kernel(
+            node.op_type,
+            node.domain,
+            kind,
+            node.name,
+            tuple(node.input),
+            tuple(node.output),
+            accuracy_level=_level(node),
+            half=not halves.isdisjoint(node.input),
+        )
+        nodes.append(made)
     counts: Counter[str] = Counter({"int8": 0, "fp32": 0, "convert": 0, "other": 0})
     counts.update(node.kind for node in nodes)
     return KernelReport(dict(counts), tuple(nodes))
@@ -141,27 +168,78 @@ def _kind(node: onnx.NodeProto, integer: set[str]) -> Kind:
         return "other"
     if node.op_type in WEIGHT_KERNELS_INT8 or node.op_type.startswith(("QLinear", "QAttention", "QEmbed")):
         return "int8"
+    if node.op_type in WEIGHT_KERNELS_NBITS:
+        return "int8" if _level(node) == INTEGER_LEVEL else "fp32"
     if node.op_type in _MOVERS and node.input and node.input[0] in integer:
         return "int8"
     return "fp32"
+
+
+def _level(node: onnx.NodeProto) -> int | None:
+    if node.op_type not in WEIGHT_KERNELS_NBITS:
+        return None
+    return next((attribute.i for attribute in node.attribute if attribute.name == "accuracy_level"), 0)
 
 
 def check_kernels(compressed: CompressedModel, report: KernelReport) -> list[str]:
     """What the runtime executes otherwise than the plan says; empty where the artifact is the plan."""
     layers = compressed.graph.compressible
     plans = compressed.plan.layers
-    planned = {str(place) for place, layer in enumerate(layers) if plans.get(layer.name, LayerPlan()).compute == "int8"}
-    # The exporter names each weight layer by its place, and the runtime's integer kernels keep that before a "_".
-    executed = {node.name.partition("_")[0] for node in report.nodes if node.op in WEIGHT_KERNELS_INT8}
+    planned = [plans.get(layer.name, LayerPlan()).compute for layer in layers]
+    executed = _executed_layers(report)
     wrong = []
-    for place, layer in enumerate(layers):
-        if (str(place) in planned) != (str(place) in executed):
-            plan, runs = ("int8", "float") if str(place) in planned else ("fp32", "int8")
-            wrong.append(f"layer {layer.name!r} is {plan} in the plan, but the runtime executes it in {runs}")
-    int8, fp32 = len(planned), len(layers) - len(planned)
-    if report.int8_weight_layers != int8:
-        wrong.append(f"the plan computes {int8} layers in int8, the runtime executes {report.int8_weight_layers}")
+    for place, (layer, plan) in enumerate(zip(layers, planned, strict=True)):
+        runs = executed.get(str(place), "float")
+        if runs != ("float" if plan == "fp32" else plan):
+            wrong.append(f"layer {layer.name!r} is {plan} in the plan, but the runtime executes it {_said(plan, runs)}")
+    integer = sum(compute in ("int8", "int8_dynamic") for compute in planned)
+    if report.int8_weight_layers != integer:
+        wrong.append(f"the plan computes {integer} layers in int8, the runtime executes {report.int8_weight_layers}")
+    blocks, found = planned.count("weight_only"), report.weight_only_layers
+    if found != blocks:
+        wrong.append(f"the plan computes {blocks} layers from few-bit weights, the runtime executes {found}")
     # More are no fault: the runtime executes, for one, a batch norm that follows no convolution as a convolution.
+    fp32 = planned.count("fp32")
     if report.fp32_weight_layers < fp32:
         wrong.append(f"the plan computes {fp32} layers in fp32, the runtime executes {report.fp32_weight_layers}")
     return wrong
+
+
+def _executed_layers(report: KernelReport) -> dict[str, str]:
+    """How each layer runs that does not in float, by its place: a type of the plan, or what is wrong with it."""
+    makers = {output: node.op for node in report.nodes for output in node.outputs}
+    found: dict[str, str] = {}
+    for node in report.nodes:
+        # The exporter names each weight layer by its place, and the runtime's integer kernels keep that before a "_".
+        place = node.name.partition("_")[0]
+        if node.op in WEIGHT_KERNELS_NBITS:
+            found[place] = "weight_only" if node.accuracy_level == INTEGER_LEVEL else f"level {node.accuracy_level}"
+        elif node.op in WEIGHT_KERNELS_FP32 and node.half:
+            found[place] = "fp16"
+        elif node.op in ("ConvInteger", "MatMulInteger"):
+            found[place] = node.op
+        elif node.op in WEIGHT_KERNELS_INT8:
+            dynamic = node.op == "DynamicQuantizeMatMul" or (
+                node.op == "MatMulIntegerToFloat" and makers.get(node.inputs[0]) == "DynamicQuantizeLinear"
+            )
+            found[place] = "int8_dynamic" if dynamic else "int8"
+    return found
+
+
+def _said(plan: str, runs: str) -> str:
+    """How a layer runs, and where there is one the way out."""
+    if runs.startswith("level"):
+        return (
+            f"as MatMulNBits with accuracy_{runs}, in floats and up to 30 times slower; "
+            f"write accuracy_level={INTEGER_LEVEL}"
+        )
+    if runs == "ConvInteger":
+        return "as ConvInteger, 4 to 20 times slower than the float convolution; give it int8 or fp32"
+    if runs == "MatMulInteger":
+        return "as MatMulInteger, not fused with what scales its result; give it int8 or fp32"
+    if plan == "fp16":
+        return (
+            f"in {runs}: ONNX Runtime has no fp16 kernels for this CPU; "
+            "give it fp32 with weights stored as float of 16 bits, which is as small and no slower"
+        )
+    return f"in {runs}"

@@ -248,9 +248,9 @@ def test_what_cannot_be_exported_is_said() -> None:
     unknown = {**compressed.plan.activations, "ghost": UINT8_ACTIVATION}
     with pytest.raises(UsageError, match="'ghost'"):
         to_onnx(replace(compressed, plan=compressed.plan.model_copy(update={"activations": unknown})))
-    three = LayerPlan(compute="int8", storage=NumFormat(bits=3))
-    with pytest.raises(UsageError, match="affine of 3 bits"):
-        to_onnx(replace(compressed, plan=compressed.plan.model_copy(update={"layers": {"a": three}})))
+    nine = LayerPlan(compute="int8", storage=NumFormat(bits=9))
+    with pytest.raises(UsageError, match="affine of 9 bits"):
+        to_onnx(replace(compressed, plan=compressed.plan.model_copy(update={"layers": {"a": nine}})))
     float_storage = LayerPlan(compute="int8", storage=FLOAT32)
     with pytest.raises(UsageError, match="float of 32 bits"):
         to_onnx(replace(compressed, plan=compressed.plan.model_copy(update={"layers": {"a": float_storage}})))
