@@ -19,6 +19,9 @@ from autocompress.errors import UsageError
 GRAPH, METADATA = 7, 14
 """Field numbers of ``ModelProto.graph`` and ``ModelProto.metadata_props``."""
 
+_INITIALIZER, _DATA_TYPE, _RAW_DATA, _EXTERNAL_DATA = 5, 2, 9, 13
+"""Field numbers of ``GraphProto.initializer`` and of ``TensorProto``."""
+
 _VARINT, _EIGHT, _LENGTH, _FOUR = 0, 1, 2, 5
 
 
@@ -36,14 +39,53 @@ class NotOnnxError(ValueError):
     """Bytes that are no ONNX model."""
 
 
+@dataclass(frozen=True)
+class WeightSpan:
+    """Where the numbers of an initializer lie in a file, and their ``TensorProto.DataType``."""
+
+    start: int
+    stop: int
+    data_type: int
+
+
 def top_fields(data: bytes | mmap.mmap) -> list[Field]:
     """The fields of a serialized ``ModelProto``, in order.
 
     Raises:
         NotOnnxError: the bytes break the encoding, or hold no graph.
     """
-    fields = []
-    place, end = 0, len(data)
+    fields = list(_fields(data, 0, len(data)))
+    if not any(field.number == GRAPH for field in fields):
+        raise NotOnnxError("there is no graph in it")
+    return fields
+
+
+def weight_spans(data: bytes) -> list[WeightSpan]:
+    """The raw numbers of all initializers, in the order they lie in.
+
+    Raises:
+        NotOnnxError: the bytes are no model, or weights lie in another file.
+    """
+    spans = []
+    for graph in (field for field in top_fields(data) if field.number == GRAPH):
+        for tensor in _fields(data, graph.value, graph.stop):
+            if tensor.number != _INITIALIZER:
+                continue
+            kind, raw = 0, None
+            for part in _fields(data, tensor.value, tensor.stop):
+                if part.number == _DATA_TYPE:
+                    kind = _varint(data, part.value)[0]
+                elif part.number == _RAW_DATA:
+                    raw = part
+                elif part.number == _EXTERNAL_DATA:
+                    raise NotOnnxError("its weights lie in another file")
+            if raw is not None:
+                spans.append(WeightSpan(raw.value, raw.stop, kind))
+    return spans
+
+
+def _fields(data: bytes | mmap.mmap, place: int, end: int) -> Iterator[Field]:
+    """The fields of the message between two places."""
     while place < end:
         start = place
         key, place = _varint(data, place)
@@ -57,12 +99,9 @@ def top_fields(data: bytes | mmap.mmap) -> list[Field]:
         else:
             raise NotOnnxError(f"unknown wire type {kind} at byte {start}")
         if place + length > end:
-            raise NotOnnxError(f"the field at byte {start} ends behind the file")
-        fields.append(Field(key >> 3, start, place, place + length))
+            raise NotOnnxError(f"the field at byte {start} ends behind what holds it")
+        yield Field(key >> 3, start, place, place + length)
         place += length
-    if not any(field.number == GRAPH for field in fields):
-        raise NotOnnxError("there is no graph in it")
-    return fields
 
 
 def metadata_of(data: bytes | mmap.mmap, fields: list[Field]) -> dict[str, str]:

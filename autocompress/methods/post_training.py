@@ -19,12 +19,12 @@ from autocompress.methods.calibration import range_method
 from autocompress.methods.calibration_report import CalibrationReport
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.equalization import channel_maxima, equalize, find_links
+from autocompress.methods.exact import ExactModule
 from autocompress.methods.formats import BLOCK, refusal
 from autocompress.methods.quantization import activation_formats, assign_ranges, fused_output
 from autocompress.methods.registry import RANGE_METHODS
 from autocompress.methods.rounding import round_with_compensation
 from autocompress.methods.rounding_formats import column_scales, format_scales, round_to_format
-from autocompress.methods.simulation import build_compressed
 from autocompress.methods.statistics import CalibrationStatistics, collect, from_matrix, merge, weight_matrix
 from autocompress.plan import FLOAT16, FLOAT32, CompressionPlan, Compute, Layer, LayerPlan, ModelGraph, NumFormat
 from autocompress.progress import Progress, SilentProgress
@@ -52,7 +52,7 @@ class CalibrationOptions:
     ranges: str = "auto"
     equalize: Choice = "auto"
     bias_correction: bool = True
-    rounding: Literal["auto", "nearest", "compensated"] = "nearest"
+    rounding: Literal["auto", "nearest", "compensated"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -178,6 +178,11 @@ class _Quantizer:
         if not all(bool(torch.isfinite(value).all()) for value in self.reference):
             raise UsageError("the float model gives NaN or infinite values on the calibration data")
         self.tried: dict[str, float] = {}
+        self._gathered: dict[str, Mapping[str, torch.Tensor]] = {}
+        # Below 8 bits rounding to the nearest loses too much to be worth a try.
+        self.needs_hessians = any(
+            layer.storage.scheme == "affine" and layer.storage.bits < 8 for layer in plan.layers.values()
+        )
 
     def run(self) -> CompressedModel:
         methods = list(RANGE_METHODS) if self.options.ranges == "auto" else [self.options.ranges]
@@ -214,12 +219,13 @@ class _Quantizer:
 
     def _candidate(self, variant: _Variant, method: str, rounding: str) -> _Candidate:
         compensated = rounding == "compensated"
-        rounded, scales = round_weights(self.graph, variant.weights, self.plan, variant.seen.hessians, compensated)
+        hessians = self._hessians(variant) if compensated or self.needs_hessians else {}
+        rounded, scales = round_weights(self.graph, variant.weights, self.plan, hessians, compensated)
         model = CompressedModel(self.graph, rounded, self.plan, scales, self._ranges(variant.seen, method))
         return self._measured(_Candidate(model, variant, method, rounding, False, 0.0))
 
     def _measured(self, candidate: _Candidate) -> _Candidate:
-        snr_db = signal_to_noise_db(self.reference, outputs_of(build_compressed(candidate.model), self.held))
+        snr_db = signal_to_noise_db(self.reference, outputs_of(ExactModule(candidate.model), self.held))
         moved, corrected = candidate.variant.equalization, ["biases corrected"] if candidate.corrected else []
         words = [candidate.ranges, *([] if moved == "none" else [f"{moved} equalized"]), candidate.rounding, *corrected]
         self.tried[", ".join(words)] = round(snr_db, 2)
@@ -244,13 +250,19 @@ class _Quantizer:
     def _observed(self, equalization: str, weights: Mapping[str, torch.Tensor]) -> _Variant:
         """Statistics of both parts of the data."""
         module = build_module(self.graph, weights)
-        hessians = self.options.rounding != "nearest" or any(
-            layer.storage.scheme == "affine" and layer.storage.bits < 8 for layer in self.plan.layers.values()
-        )
         self.progress.stage("calibration", len(self.fit) + len(self.held))
-        seen = collect(module, self._counted(self.fit), self.options.seed, hessians=hessians)
+        seen = collect(module, self._counted(self.fit), self.options.seed, hessians=False)
         unseen = collect(module, self._counted(self.held), self.options.seed, hessians=False)
         return _Variant(equalization, weights, seen, unseen)
+
+    def _hessians(self, variant: _Variant) -> Mapping[str, torch.Tensor]:
+        """Second moments of the variant's inputs: dear to gather, so only where rounding makes use of them."""
+        if variant.equalization not in self._gathered:
+            module = build_module(self.graph, variant.weights)
+            self.progress.stage("second moments", len(self.fit))
+            gathered = collect(module, self._counted(self.fit), self.options.seed)
+            self._gathered = {variant.equalization: gathered.hessians}
+        return self._gathered[variant.equalization]
 
     def _counted(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         for batch in batches:
