@@ -30,9 +30,6 @@ END_STEPS = (0.6, 0.7, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0)
 FINE_STEPS = (0.97, 0.975, 0.98, 0.985, 0.99, 0.995, 1.005, 1.01, 1.015, 1.02, 1.025, 1.03)
 """Shares of the min-max range that the search for the least squared error tries, and changes of what is best so far."""
 
-LEAST_STEPS = 8
-"""Steps below 0 from which on the scale is also tried that makes them whole: it moves the upper end by 6% at most."""
-
 SEARCHED_VALUES = 32768
 """Values that this search looks at."""
 
@@ -89,28 +86,27 @@ def least_squares(sample: torch.Tensor, bits: int = 8) -> tuple[float, float]:
     sample = _spread(sample, SEARCHED_VALUES)
     best, chosen = float("inf"), (low, high)
 
-    def consider(bottom: float, top: float, limit: float = high) -> None:
+    def consider(bottom: float, top: float) -> None:
         nonlocal best, chosen
-        bottom, top = max(low, bottom), min(limit, top)
+        bottom, top = max(low, bottom), min(high, top)
         error = _squared_error(sample, bottom, top, bits) if top - bottom >= SMALLEST else float("inf")
         if error < best:
             best, chosen = error, (bottom, top)
 
     for shrink in SHRINKS:
         consider(low * shrink, high * shrink)
-    if low < 0.0 < high:
+    before = float("inf")
+    while low < 0.0 < high and best < 0.99 * before:
+        before, (bottom, top) = best, chosen
         for change in END_STEPS:
-            consider(chosen[0] * change, chosen[1])
+            consider(bottom * change, top)
+        bottom, top = chosen
         for change in END_STEPS:
-            consider(chosen[0], chosen[1] * change)
+            consider(bottom, top * change)
     bottom, top = chosen
     for change in FINE_STEPS:
         consider(bottom * change, top * change)
     bottom, top = chosen
-    steps = round(-bottom / ((top - bottom) / (2**bits - 1)))
-    if steps >= LEAST_STEPS:  # the lower end, often a background's value, made a whole number of steps from 0
-        stretched = bottom - bottom / steps * (2**bits - 1)
-        consider(bottom, stretched, stretched)
     return chosen
 
 

@@ -56,8 +56,9 @@ def test_least_squares_is_never_worse_than_minmax() -> None:
 
 
 def test_least_squares_puts_a_frequent_value_on_an_integer() -> None:
-    sample = torch.cat([torch.full((9000,), -0.3417), 3 * torch.rand(1000, generator=torch.Generator().manual_seed(1))])
-    assert squared_error(sample, least_squares(sample)) < 0.3 * squared_error(sample, minmax(sample))
+    spread = torch.rand(1000, generator=torch.Generator().manual_seed(1)) * 4 - 1
+    sample = torch.cat([torch.full((9000,), -0.3417), spread])
+    assert squared_error(sample, least_squares(sample)) < 0.5 * squared_error(sample, minmax(sample))
 
 
 def test_entropy_keeps_a_distribution_without_a_tail() -> None:
@@ -88,7 +89,7 @@ def test_a_range_is_that_of_what_was_seen_at_most_and_holds_zero(name: str, valu
     assert low < high
     if float(sample.abs().max()) > 1e-6:
         bottom, top = minmax(sample)
-        edge = 1e-5 * (top - bottom) if name != "mse" else 0.07 * (top - bottom)
+        edge = 1e-5 * (top - bottom)
         assert bottom - edge <= low
         assert high <= top + edge
 
