@@ -86,13 +86,13 @@ class GraphBuilder:
         made.attribute.extend(helper.make_attribute(key, value) for key, value in sorted(attributes.items()))
         self.nodes.append(made)
 
-    def constant(self, values: np.ndarray, kind: int = 0) -> str:
+    def constant(self, values: np.ndarray | np.generic, kind: int = 0) -> str:
         """The name of an initializer with these values, of ``TensorProto`` type ``kind`` (by default their own).
 
         Integers of a type of 2 or 4 bits are packed four or two a byte.
         """
         if kind in _FIELDS:
-            raw = pack_fields(values, _FIELDS[kind]).tobytes()
+            raw = pack_fields(np.asarray(values), _FIELDS[kind]).tobytes()
             if _FIELDS[kind] == 2:
                 self.opset = OPSET_2_BITS
         else:

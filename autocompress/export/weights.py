@@ -32,9 +32,13 @@ class WeightLayers:
         compressed: what a plan made of a model.
         activations: which activations exist as floats, and which as integers.
         out: where nodes and initializers go.
+        tuned: whether forms are taken that only make ONNX Runtime faster.
     """
 
-    def __init__(self, compressed: CompressedModel, activations: Activations, out: GraphBuilder) -> None:
+    def __init__(
+        self, compressed: CompressedModel, activations: Activations, out: GraphBuilder, tuned: bool = True
+    ) -> None:
+        self.tuned = tuned
         self.compressed = compressed
         self.activations = activations
         self.out = out
@@ -76,13 +80,24 @@ class WeightLayers:
         rest = [self._input(layer, i) for i in layer.inputs[2:]]
         self.out.layer(layer.op, [first, self._float_weight(layer), *rest], [output], layer.attributes, name)
 
+    def float16(self, layer: Layer, output: str, name: str) -> None:
+        """The operator in 16-bit floats between two Casts; a CPU without such kernels executes it in float32."""
+        given = self.activations.as_float(layer.inputs[0])
+        inputs = [self.out.node("Cast", [given], to=int(TensorProto.FLOAT16)), self._halves(layer)]
+        for bias in layer.inputs[2:]:
+            value = self.compressed.weights[bias].detach().cpu().numpy().astype(np.float16)
+            inputs.append(self.out.constant(value))
+        made = self.out.name()
+        self.out.layer(layer.op, inputs, [made], layer.attributes, name)
+        self.out.node("Cast", [made], output, to=int(TensorProto.FLOAT))
+
     def int8(self, layer: Layer, output: str, name: str) -> None:
         """The operator between DequantizeLinear nodes, which the runtime replaces by an integer kernel."""
         source = layer.inputs[0]
         if source not in self.activations.scales:
             raise UsageError(f"layer {layer.name!r} computes in int8, but its input {source!r} has no 8-bit format")
         scale, stored = self._scale(layer), self._stored.integers(layer)
-        added = self._missing_channels(layer)
+        added = self._missing_channels(layer) if self.tuned else 0
         if added:
             stored = self.out.node("Pad", [stored, self.out.constant(np.array([0, 0, 0, 0, 0, added, 0, 0]))])
         parameters = [stored, self.out.constant(scale)]
@@ -163,18 +178,20 @@ class WeightLayers:
     def _float_weight(self, layer: Layer) -> str:
         storage = self.plan(layer).storage
         if not is_integer(storage):
-            return self._half(layer) if storage.bits == 16 else self.stored(layer.inputs[1])
+            if storage.bits == 16:
+                return self.out.node("Cast", [self._halves(layer)], to=int(TensorProto.FLOAT))
+            return self.stored(layer.inputs[1])
         integers, scale = weight_integers(self.compressed, layer, self.plan(layer))
         cast = self.out.node("Cast", [self._stored.integers(layer)], to=int(TensorProto.FLOAT))
         return self.out.node("Mul", [cast, self.out.constant(grid_scale(layer, integers, scale, storage))])
 
-    def _half(self, layer: Layer) -> str:
-        """Weights stored in 16 bits, as float32 once the model is loaded."""
+    def _halves(self, layer: Layer) -> str:
+        """Weights as 16-bit floats."""
         weight = self.compressed.weights[layer.inputs[1]].detach().cpu().numpy()
         half = weight.astype(np.float16)
         if not np.array_equal(half.astype(np.float32), weight):
             raise UsageError(f"layer {layer.name!r} stores 16-bit floats, but its weights are none; round them first")
-        return self.out.node("Cast", [self.out.constant(half)], to=int(TensorProto.FLOAT))
+        return self.out.constant(half)
 
     def _int32_bias(self, layer: Layer, weight_scale: np.ndarray) -> str:
         bias = self.compressed.weights[layer.inputs[2]].detach().cpu().numpy().astype(np.float64).reshape(-1)
@@ -186,6 +203,7 @@ class WeightLayers:
 
 _WRITERS: Mapping[Compute, Callable[[WeightLayers, Layer, str, str], None]] = {
     "fp32": WeightLayers.float32,
+    "fp16": WeightLayers.float16,
     "int8": WeightLayers.int8,
     "int8_dynamic": WeightLayers.int8_dynamic,
     "weight_only": WeightLayers.weight_only,

@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from autocompress.export.storage import BLOB_BYTES, CAST_BYTES, best_in_planes, field_bits, packed_bytes
 from autocompress.hardware.kernels import VIEWS, Number
 from autocompress.hardware.steps import Mask, Step
+from autocompress.methods.formats import is_integer
 from autocompress.methods.quantization import FOLLOWERS
 from autocompress.plan import LayerPlan, ModelGraph
 
 Dims = Mapping[str, tuple[Number, ...]]
+
+_NODES_OF = {"int8_dynamic": 130, "weight_only": 110}
+"""Bytes of the nodes that stand for a product in these types, beyond those of a float one."""
 
 _BYTES = {
     "float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "bool": 1,
@@ -25,7 +30,9 @@ def stored_bytes(
     columns: Mapping[str, int],
     known: Sequence[LayerPlan],
 ) -> np.ndarray:
-    """Bytes of all stored numbers in their formats, with a float32 scale for each output channel of an affine one.
+    """Bytes of all stored numbers in their formats, with the float32 scales of integers and what unpacks them.
+
+    Planes are counted as the exporter lays them: one blob of them where all layers together save more than it costs.
 
     Args:
         graph: the model.
@@ -34,9 +41,8 @@ def stored_bytes(
         columns: the column of each weight layer.
         known: the formats.
     """
-    bits = np.array([plan.storage.bits for plan in known])
-    affine = np.array([plan.storage.scheme == "affine" for plan in known])
-    total = np.zeros(len(formats))
+    rows = np.arange(len(formats))
+    total, saved = np.zeros(len(formats)), np.zeros(len(formats))
     seen: set[str] = set()
     for layer in graph.layers:
         for position, name in enumerate(layer.inputs):
@@ -47,21 +53,42 @@ def stored_bytes(
             if position == 1 and layer.name in columns:
                 codes = formats[:, columns[layer.name]]
                 outputs = dims[name][0 if layer.op == "Conv" or layer.attributes.get("transB") else -1]
-                total += np.ceil(count * bits[codes] / 8) + np.where(affine[codes], 4.0 * outputs, 0.0)
+                options = np.zeros((2, len(known), len(formats)))
+                for code, plan in enumerate(known):
+                    options[0, code], options[1, code] = _weight_bytes(plan, count, outputs)
+                total += options[0, codes, rows]
+                saved += options[1, codes, rows]
             else:
                 total += count * _BYTES.get(graph.tensors[name].dtype, 4)
-    return total
+    return total - np.where(saved > BLOB_BYTES, saved - BLOB_BYTES, 0.0)
+
+
+def _weight_bytes(plan: LayerPlan, count: Number, outputs: Number) -> tuple[Number, Number]:
+    """Bytes of one layer's weights in ONNX's own types, and how many fewer they are as planes."""
+    storage = plan.storage
+    around = _NODES_OF.get(plan.compute, 0)
+    if not is_integer(storage):
+        return count * storage.bits / 8, 0.0
+    if storage.granularity == "block":
+        blocks = np.ceil(count / outputs / (storage.block or 1))
+        return outputs * blocks * ((storage.block or 1) * storage.bits / 8 + 4.0) + around, 0.0
+    counts, channels = np.asarray(count), np.asarray(outputs)
+    fields = packed_bytes(storage, counts, channels, planes=False)
+    fewer = fields - packed_bytes(storage, counts, channels, planes=True) if best_in_planes(storage) else 0.0
+    # What is behind one Cast is counted among ``size_counts``.
+    cast = CAST_BYTES if field_bits(storage) == storage.bits < 8 else 0
+    return fields - cast + 4.0 * channels + around, np.maximum(fewer, 0.0)
 
 
 def size_counts(formats: np.ndarray, known: Sequence[LayerPlan], held: Mapping[str, Mask]) -> np.ndarray:
     """``[n, 5]``: what the rest of a file depends on, in the order of ``calibration.SIZE_COUNTS``."""
     int8 = np.array([plan.compute == "int8" for plan in known])[formats]
-    affine = np.array([plan.storage.scheme == "affine" for plan in known])[formats]
-    int4 = np.array([plan.storage.scheme == "affine" and plan.storage.bits == 4 for plan in known])[formats]
+    unscaled = np.array([is_integer(plan.storage) and plan.compute == "fp32" for plan in known])[formats]
+    cast = np.array([plan.storage.bits in (2, 4, 16) and plan.compute != "weight_only" for plan in known])[formats]
     tensors = np.zeros(len(formats))
     for mask in held.values():
         tensors += mask
-    columns = [np.ones(len(formats)), int8.sum(axis=1), tensors, (affine & ~int8).sum(axis=1), int4.sum(axis=1)]
+    columns = [np.ones(len(formats)), int8.sum(axis=1), tensors, unscaled.sum(axis=1), cast.sum(axis=1)]
     return np.stack([column.astype(float) for column in columns], axis=1)
 
 

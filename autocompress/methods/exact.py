@@ -16,6 +16,7 @@ import torch
 from autocompress.graph.executor import GraphModule
 from autocompress.graph.ops import OPERATORS
 from autocompress.methods.compressed import CompressedModel
+from autocompress.methods.input_rounding import input_taps
 from autocompress.methods.quantization import (
     FUSED_ACTIVATIONS,
     MOVERS,
@@ -24,7 +25,7 @@ from autocompress.methods.quantization import (
     hard_sigmoid_line,
     weight_axis,
 )
-from autocompress.methods.simulation import bias_integers, input_taps
+from autocompress.methods.simulation import bias_integers
 from autocompress.plan import Layer, LayerPlan
 
 
@@ -86,7 +87,7 @@ POOLS = frozenset({"AveragePool", "GlobalAveragePool"})
 
 
 class ExactModule(GraphModule):
-    """A compressed model computed as the runtime computes it; no gradients, no taps.
+    """A compressed model computed as the runtime computes it; no gradients.
 
     Quantized activations are held as integers less their zero point, in float32.
     """

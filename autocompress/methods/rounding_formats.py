@@ -95,7 +95,8 @@ def _lloyd(counts: torch.Tensor, size: int) -> torch.Tensor:
     centres = centres.round()
     middles = ((centres[:, 1:] + centres[:, :-1]) / 2).contiguous()
     chosen = torch.searchsorted(middles, values.expand(len(counts), 255).contiguous())
-    return centres.gather(1, chosen)
+    # Where no more values occur than the table holds, they are the table.
+    return torch.where((seen.sum(dim=1) <= size)[:, None], values, centres.gather(1, chosen))
 
 
 def _to_half(weight: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,9 @@ import torch
 
 from autocompress.graph.executor import GraphModule, Tap
 from autocompress.methods.compressed import CompressedModel
-from autocompress.methods.formats import BLOCK
+from autocompress.methods.input_rounding import behind_halves, input_taps
 from autocompress.methods.quantization import affine_parameters
-from autocompress.plan import CompressionPlan, Layer
+from autocompress.plan import Layer
 
 
 def activation_tap(low: float, high: float) -> Tap:
@@ -31,55 +31,19 @@ def activation_taps(ranges: Mapping[str, tuple[float, float]]) -> dict[str, Tap]
     return {name: activation_tap(low, high) for name, (low, high) in ranges.items()}
 
 
-def dynamic_tap() -> Tap:
-    """Quantizes to unsigned 8 bits over the range that the whole tensor has, 0 included, and back.
+def build_compressed(compressed: CompressedModel) -> GraphModule:
+    """The compressed model as a torch module in evaluation mode.
 
-    As ONNX's DynamicQuantizeLinear defines it: a batch has one scale, so what a sample becomes depends on the others.
+    Weights already lie on their grids; biases of int8 layers, activations that the plan holds in 8 bits, and inputs
+    that a layer rounds while it runs are rounded as the runtime rounds them.  The module takes and gives what the
+    original does.
     """
-
-    def tap(value: torch.Tensor) -> torch.Tensor:
-        low, high = value.detach().amin().clamp_max(0.0), value.detach().amax().clamp_min(0.0)
-        scale = (high - low) / 255
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        zero_point = (-low / scale).round().clamp(0, 255)
-        rounded = ((value / scale).round() + zero_point).clamp(0, 255).sub(zero_point) * scale
-        return _straight(value, rounded)
-
-    return tap
-
-
-def block_tap(block: int) -> Tap:
-    """Quantizes each block of a row to signed 8 bits by its largest value and back.
-
-    As MatMulNBits does with accuracy_level 4 (``QuantizeARow_CompInt8`` in onnxruntime's MLAS).
-    """
-
-    def tap(value: torch.Tensor) -> torch.Tensor:
-        columns = value.shape[-1]
-        padded = torch.nn.functional.pad(value.detach(), (0, -columns % block))
-        padded = padded.reshape(*value.shape[:-1], -1, block)
-        largest = padded.abs().amax(dim=-1, keepdim=True)
-        inverse = torch.where(largest > 0, 127.0 / largest.clamp_min(1e-30), torch.zeros_like(largest))
-        rounded = (padded * inverse).round() * (largest / 127.0)
-        return _straight(value, rounded.flatten(-2)[..., :columns])
-
-    return tap
-
-
-def _straight(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
-    """``rounded``, with the gradient of ``value``."""
-    return value + (rounded - value).detach() if torch.is_grad_enabled() else rounded
-
-
-def input_taps(plan: CompressionPlan) -> dict[str, Tap]:
-    """What layers that quantize their input while they run make of it."""
-    taps: dict[str, Tap] = {}
-    for name, layer in plan.layers.items():
-        if layer.compute == "int8_dynamic":
-            taps[name] = dynamic_tap()
-        elif layer.compute == "weight_only":
-            taps[name] = block_tap(layer.storage.block or BLOCK)
-    return taps
+    module = GraphModule(compressed.graph, {**compressed.weights, **integer_biases(compressed)})
+    taps = activation_taps({name: compressed.ranges[name] for name in compressed.plan.activations})
+    module.taps = behind_halves(compressed, taps)
+    module.input_taps = input_taps(compressed.plan)
+    module.eval()
+    return module
 
 
 def bias_steps(compressed: CompressedModel, layer: Layer) -> torch.Tensor:
@@ -112,17 +76,3 @@ def integer_biases(compressed: CompressedModel) -> dict[str, torch.Tensor]:
             value = compressed.weights[bias]
             found[bias] = (integers * bias_steps(compressed, layer)).to(value.dtype).reshape(value.shape)
     return found
-
-
-def build_compressed(compressed: CompressedModel) -> GraphModule:
-    """The compressed model as a torch module in evaluation mode.
-
-    Weights already lie on their grids; biases of int8 layers, activations that the plan holds in 8 bits, and inputs
-    that a layer quantizes while it runs, are rounded as the runtime rounds them.  The module takes and gives what the
-    original does.
-    """
-    module = GraphModule(compressed.graph, {**compressed.weights, **integer_biases(compressed)})
-    module.taps = activation_taps({name: compressed.ranges[name] for name in compressed.plan.activations})
-    module.input_taps = input_taps(compressed.plan)
-    module.eval()
-    return module

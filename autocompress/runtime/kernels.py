@@ -72,7 +72,8 @@ _FREE = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Sh
 class Kernel:
     """One node of the optimized graph; ``name`` is that of the exported node it came from, where it had one.
 
-    ``accuracy_level`` is what a MatMulNBits is told: 4 computes in integers, less in floats.
+    ``accuracy_level`` is what a MatMulNBits is told: 4 computes in integers, less in floats.  ``half`` says whether
+    it reads stored 16-bit floats.
     """
 
     op: str
@@ -82,6 +83,7 @@ class Kernel:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     accuracy_level: int | None = None
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def executed_kernels(model: Path | str | bytes, threads: int = 1) -> KernelRepor
     """Classifies every node that the runtime executes for an artifact."""
     graph = optimized_graph(model, threads).graph
     integer: set[str] = set()
+    halves = {stored.name for stored in graph.initializer if stored.data_type == onnx.TensorProto.FLOAT16}
     nodes = []
     for node in graph.node:
         kind = _kind(node, integer)
@@ -142,7 +145,16 @@ def executed_kernels(model: Path | str | bytes, threads: int = 1) -> KernelRepor
             or (node.op_type in _MOVERS | {"Transpose"} and node.input[0] in integer)
         ):
             integer.update(node.output)
-        made = Kernel(node.op_type, node.domain, kind, node.name, tuple(node.input), tuple(node.output), _level(node))
+        made = Kernel(
+            node.op_type,
+            node.domain,
+            kind,
+            node.name,
+            tuple(node.input),
+            tuple(node.output),
+            accuracy_level=_level(node),
+            half=not halves.isdisjoint(node.input),
+        )
         nodes.append(made)
     counts: Counter[str] = Counter({"int8": 0, "fp32": 0, "convert": 0, "other": 0})
     counts.update(node.kind for node in nodes)
@@ -202,6 +214,8 @@ def _executed_layers(report: KernelReport) -> dict[str, str]:
         place = node.name.partition("_")[0]
         if node.op in WEIGHT_KERNELS_NBITS:
             found[place] = "weight_only" if node.accuracy_level == INTEGER_LEVEL else f"level {node.accuracy_level}"
+        elif node.op in WEIGHT_KERNELS_FP32 and node.half:
+            found[place] = "fp16"
         elif node.op in ("ConvInteger", "MatMulInteger"):
             found[place] = node.op
         elif node.op in WEIGHT_KERNELS_INT8:
@@ -225,7 +239,7 @@ def _said(plan: str, runs: str) -> str:
         return "as MatMulInteger, not fused with what scales its result; give it int8 or fp32"
     if plan == "fp16":
         return (
-            "in float between two casts: ONNX Runtime has no fp16 kernels for this CPU; "
+            f"in {runs}: ONNX Runtime has no fp16 kernels for this CPU; "
             "give it fp32 with weights stored as float of 16 bits, which is as small and no slower"
         )
     return f"in {runs}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,7 +16,7 @@ from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.formats import STORAGES, describe, refusal
 from autocompress.methods.quantization import affine_parameters
 from autocompress.methods.simulation import build_compressed
-from autocompress.plan import LayerPlan, ModelGraph
+from autocompress.plan import FLOAT16, LayerPlan, ModelGraph, NumFormat
 from autocompress.runtime.kernels import check_kernels, executed_kernels, optimized_graph
 from autocompress.runtime.session import make_session
 from tests.graphs import GraphMaker, compress
@@ -101,6 +102,26 @@ def test_fewer_bits_are_a_smaller_file(kind: str, plan: LayerPlan) -> None:
     assert to_onnx(compressed).ByteSize() <= padded * bits / 8 + around + 1900
 
 
+@pytest.mark.parametrize("kind", ["conv", "gemm", "matmul"])
+def test_half_precision_that_the_runtime_does_not_have_is_found(kind: str) -> None:
+    compressed = made(kind, LayerPlan(compute="fp16", storage=FLOAT16))
+    model = to_onnx(compressed)
+    artifact = model.SerializeToString()
+    inputs = torch.rand((3, *compressed.graph.tensors["given"].shape))
+    with torch.no_grad():
+        expected = build_compressed(compressed)(inputs).numpy()
+    found = make_session(artifact).run(None, {"given": inputs.numpy()})[0]
+    assert np.abs(found - expected).max() <= 5e-3 * np.abs(expected).max()
+    report = executed_kernels(artifact)
+    wrong = check_kernels(compressed, report)
+    if platform.machine() in ("x86_64", "AMD64"):
+        assert any(
+            "no fp16 kernels for this CPU; give it fp32 with weights stored as float of 16 bits" in w for w in wrong
+        )
+    else:
+        assert bool(wrong) == (not any(node.half for node in report.nodes))
+
+
 def test_what_cannot_be_computed_says_what_can() -> None:
     for compute, storage in (
         ("int8_dynamic", STORAGES["int8_dynamic"][0]),
@@ -146,3 +167,14 @@ def test_a_tensor_that_two_layers_quantize_while_they_run_is_quantized_once() ->
         expected = build_compressed(compressed)(inputs)
     for found, wanted in zip(make_session(artifact).run(None, {"given": inputs.numpy()}), expected, strict=True):
         np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4)
+
+
+def test_numbers_that_fill_more_than_one_chunk_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autocompress.export.storage.CHUNK_WEIGHTS", 4096)
+    for kind in ("conv", "matmul"):
+        compressed = made(kind, LayerPlan(storage=NumFormat(bits=5)))
+        inputs = torch.randn((2, *compressed.graph.tensors["given"].shape))
+        with torch.no_grad():
+            expected = build_compressed(compressed)(inputs).numpy()
+        found = make_session(to_onnx(compressed).SerializeToString()).run(None, {"given": inputs.numpy()})[0]
+        np.testing.assert_allclose(found, expected, atol=1e-4)

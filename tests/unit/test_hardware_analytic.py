@@ -212,7 +212,9 @@ def test_more_channels_or_bits_are_never_cheaper(widths: list[int], bits: list[i
         assert narrow.price([plan]).latency_ms[0] <= wide.price([plan]).latency_ms[0]
         assert narrow.price([plan]).size_bytes[0] < wide.price([plan]).size_bytes[0]
     assert wide.price([few]).latency_ms[0] <= wide.price([many]).latency_ms[0]
-    assert wide.price([few]).size_bytes[0] < wide.price([many]).size_bytes[0]
+    assert wide.price([few]).size_bytes[0] <= wide.price([many]).size_bytes[0]
+    if {2, 4, 8} >= set(bits):  # other widths may lie in the bytes of the next of these
+        assert wide.price([few]).size_bytes[0] < wide.price([many]).size_bytes[0]
 
 
 def test_arrays_price_like_plans_one_by_one() -> None:
