@@ -145,7 +145,8 @@ class ExactModule(GraphModule):
         operator = OPERATORS[layer.op]
         made = self._integer.get(layer.name)
         if made is not None:
-            sums = operator(layer.attributes, integers[layer.inputs[0]], made.weight, made.bias).mul_(made.multiplier)
+            bias = () if made.bias is None else (made.bias,)
+            sums = operator(layer.attributes, integers[layer.inputs[0]], made.weight, *bias).mul_(made.multiplier)
             if made.output:
                 integers[made.output] = self._saturated(made.output, sums.round_())
             else:

@@ -44,11 +44,15 @@ def perceptron(seed: int = 0) -> Model:
     return maker.build(("x",), ("y",)), maker.weights
 
 
+def residual(seed: int = 0) -> Model:
+    return resnet((4, 6), blocks=1, size=8, seed=seed)
+
+
 MODELS = {
     "chain": chain,
     "tokens": tokens,
     "perceptron": perceptron,
-    "resnet": lambda seed=0: resnet((4, 6), blocks=1, size=8, seed=seed),
+    "residual": residual,
 }
 
 
@@ -61,7 +65,7 @@ def test_links_are_found_where_one_reader_makes_up_for_the_change() -> None:
     assert found == {"first": ["depthwise"], "depthwise": ["grouped"], "grouped": ["last"]}
     assert [[r.name for r in link.readers] for link in find_links(tokens()[0])] == [["q", "k"]]
     # Residual streams have a second reader, and the head lies behind a Flatten.
-    assert [link.maker.name for link in find_links(MODELS["resnet"]()[0])] == ["layer1.0.conv1", "layer2.0.conv1"]
+    assert [link.maker.name for link in find_links(residual()[0])] == ["layer1.0.conv1", "layer2.0.conv1"]
 
 
 def test_no_link_over_what_clips_at_a_fixed_value_or_is_an_output() -> None:
