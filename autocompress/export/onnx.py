@@ -102,8 +102,8 @@ class _Exporter:
         if self._runs_in_int8(layer):
             self.activations.born_int8.add(self.activations.behind_clip(layer))
         names = [self._output_name(o) for o in layer.outputs]
-        if is_weight_layer(layer):
-            self.weights.write(layer, names[0], self.node_names[layer.name])
+        if self.weights.writes(layer):
+            self.weights.write(layer, names[0], self.node_names.get(layer.name, ""))
         else:
             if layer.op == "MaxPool" and source in self.activations.integers:
                 inputs = [self.activations.as_float_per_axis(source)]
