@@ -27,6 +27,7 @@ from onnx import helper
 
 from autocompress.export.activations import INTEGER_KERNELS, Activations
 from autocompress.export.builder import IR_VERSIONS, RUNTIME_DOMAIN, GraphBuilder
+from autocompress.export.external import LIMIT, data_path, weight_bytes, write_external
 from autocompress.export.files import write_atomic
 from autocompress.export.weights import WeightLayers
 from autocompress.methods.compressed import CompressedModel
@@ -40,13 +41,33 @@ def to_onnx(compressed: CompressedModel, metadata: Mapping[str, str] | None = No
         compressed: what a plan made of a model.
         metadata: short facts stored in the file (``metadata_props``); each costs its length.
     """
-    return _Exporter(compressed).model(metadata or {})
+    model = _Exporter(compressed).model(metadata or {})
+    onnx.checker.check_model(model, full_check=True)
+    return model
 
 
-def write_onnx(compressed: CompressedModel, path: Path | str, metadata: Mapping[str, str] | None = None) -> int:
-    """Writes :func:`to_onnx` to ``path`` in one step (a reader never sees half a file) and returns its bytes."""
-    data = to_onnx(compressed, metadata).SerializeToString(deterministic=True)
-    write_atomic(Path(path), data)
+def write_onnx(
+    compressed: CompressedModel,
+    path: Path | str,
+    metadata: Mapping[str, str] | None = None,
+    external_above: int = LIMIT,
+) -> int:
+    """Writes :func:`to_onnx` to ``path`` in one step (a reader never sees half a file) and returns its bytes.
+
+    Args:
+        compressed: what a plan made of a model.
+        path: of the file.
+        metadata: as of :func:`to_onnx`.
+        external_above: a model with more bytes of weights keeps them beside it, in ``<name>.data``, and both count.
+    """
+    target = Path(path)
+    model = _Exporter(compressed).model(metadata or {})
+    if weight_bytes(model) > external_above:
+        return write_external(model, target)
+    onnx.checker.check_model(model, full_check=True)
+    data = model.SerializeToString(deterministic=True)
+    write_atomic(target, data)
+    data_path(target).unlink(missing_ok=True)
     return len(data)
 
 
@@ -74,7 +95,6 @@ class _Exporter:
         made = onnx.ModelProto(ir_version=IR_VERSIONS[self.out.opset], graph=graph, opset_import=versions)
         for key, value in metadata.items():
             made.metadata_props.add(key=key, value=value)
-        onnx.checker.check_model(made, full_check=True)
         return made
 
     def _add(self, layer: Layer) -> None:
