@@ -85,14 +85,16 @@ class _Exporter:
             self.activations.produced(name, name)
         for layer in self.graph.layers:
             self._add(layer)
-        graph = onnx.GraphProto(name="g")
+        made = self.out.model
+        graph = made.graph
+        graph.name = "g"
         graph.node.extend(self.out.nodes)
-        graph.initializer.extend(self.out.initializers)
         graph.input.extend(_value_info(self.graph.tensors[name]) for name in self.graph.inputs)
         graph.output.extend(_value_info(self.graph.tensors[name]) for name in self.graph.outputs)
         versions = [helper.make_opsetid("", self.out.opset)]
         versions += [helper.make_opsetid(domain, 1) for domain in sorted(self.out.domains)]
-        made = onnx.ModelProto(ir_version=IR_VERSIONS[self.out.opset], graph=graph, opset_import=versions)
+        made.ir_version = IR_VERSIONS[self.out.opset]
+        made.opset_import.extend(versions)
         for key, value in metadata.items():
             made.metadata_props.add(key=key, value=value)
         return made

@@ -233,7 +233,11 @@ def test_metrics_follow_a_new_measurement(tmp_path: Path) -> None:
     made = delivery(tmp_path, point("a", 0.90, 0.5, 100_000))
     made.publish("running", 1, 1.0, {})
     made.points["a"] = point("a", 0.90, 0.45, 100_000)
+    made._save("a")
     made.publish("complete", 1, 1.0, {})
+    said = read_metadata(tmp_path / "models" / "a" / "model.onnx").metrics
+    assert said is not None
+    assert said.latency_ms == 0.45
     metrics = json.loads((tmp_path / "models" / "a" / "metrics.json").read_text())
     assert metrics["latency_ms"]["measured"] == 0.45
 
