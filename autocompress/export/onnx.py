@@ -19,6 +19,7 @@ What decides the form, each found by reading ONNX Runtime's optimized graph:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,28 @@ def to_onnx(compressed: CompressedModel, metadata: Mapping[str, str] | None = No
     model = _Exporter(compressed).model(metadata or {})
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the tensors of a model are called in its file, whose own names are short.
+
+    Attributes:
+        integers: for each tensor held in 8 bits, its name, scale and zero point.
+        floats: for each other tensor that is computed as floats, its name.
+    """
+
+    integers: Mapping[str, tuple[str, float, int]]
+    floats: Mapping[str, str]
+
+
+def to_onnx_named(compressed: CompressedModel) -> tuple[onnx.ModelProto, Names]:
+    """:func:`to_onnx` unchecked, and what it calls the model's tensors."""
+    exporter = _Exporter(compressed)
+    model = exporter.model({})
+    held = exporter.activations
+    integers = {tensor: (name, *held.scales[tensor]) for tensor, name in held.integers.items()}
+    return model, Names(integers, {t: name for t, name in held.floats().items() if t not in integers})
 
 
 def write_onnx(
