@@ -158,7 +158,9 @@ def _plain_floats(compressed: CompressedModel, names: Names) -> dict[str, str]:
         tensor = layer.outputs[0]
         plan = compressed.plan.layers.get(layer.name, LayerPlan())
         swallowed = is_weight_layer(layer) and plan.compute != "fp32"
-        if tensor not in names.floats or fused_output(graph, layer) != tensor:
+        if tensor not in names.floats or graph.tensors[tensor].dtype != "float32":
+            continue
+        if fused_output(graph, layer) != tensor:
             continue
         if tensor in graph.outputs or not (swallowed or set(layer.activations) <= names.integers.keys()):
             chosen[tensor] = names.floats[tensor]
