@@ -25,7 +25,7 @@ from autocompress.errors import UsageError
 from autocompress.export.onnx import Names, to_onnx_named
 from autocompress.graph.executor import Tap
 from autocompress.methods.compressed import CompressedModel
-from autocompress.methods.quantization import fused_output
+from autocompress.methods.quantization import MOVERS, fused_output
 from autocompress.methods.simulation import build_compressed
 from autocompress.plan import LayerPlan, is_weight_layer
 from autocompress.runtime.session import make_session
@@ -160,7 +160,10 @@ def _plain_floats(compressed: CompressedModel, names: Names) -> dict[str, str]:
         swallowed = is_weight_layer(layer) and plan.compute != "fp32"
         if tensor not in names.floats or graph.tensors[tensor].dtype != "float32":
             continue
-        if fused_output(graph, layer) != tensor:
+        readers = graph.consumers.get(tensor, ())
+        # The runtime rounds before it moves, so that what is read here would be rounded already.
+        rounded = any(r.op in MOVERS and r.outputs[0] in names.integers for r in readers)
+        if rounded or fused_output(graph, layer) != tensor:
             continue
         if tensor in graph.outputs or not (swallowed or set(layer.activations) <= names.integers.keys()):
             chosen[tensor] = names.floats[tensor]
