@@ -27,7 +27,7 @@ from autocompress.graph.executor import Tap
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.quantization import MOVERS, fused_output
 from autocompress.methods.simulation import build_compressed
-from autocompress.plan import LayerPlan, is_weight_layer
+from autocompress.plan import LayerPlan, ModelGraph, is_weight_layer
 from autocompress.runtime.session import make_session
 
 STEPS = 1.0
@@ -160,14 +160,18 @@ def _plain_floats(compressed: CompressedModel, names: Names) -> dict[str, str]:
         swallowed = is_weight_layer(layer) and plan.compute != "fp32"
         if tensor not in names.floats or graph.tensors[tensor].dtype != "float32":
             continue
-        readers = graph.consumers.get(tensor, ())
-        # The runtime rounds before it moves, so that what is read here would be rounded already.
-        rounded = any(r.op in MOVERS and r.outputs[0] in names.integers for r in readers)
-        if rounded or fused_output(graph, layer) != tensor:
+        if _moved_to_integers(compressed.graph, names, tensor) or fused_output(graph, layer) != tensor:
             continue
         if tensor in graph.outputs or not (swallowed or set(layer.activations) <= names.integers.keys()):
             chosen[tensor] = names.floats[tensor]
     return chosen
+
+
+def _moved_to_integers(graph: ModelGraph, names: Names, tensor: str) -> bool:
+    """Whether a tensor is rounded behind operators that only move it: the runtime rounds it before it moves it."""
+    movers = [layer for layer in graph.consumers.get(tensor, ()) if layer.op in MOVERS]
+    moved = [out for layer in movers for out in layer.outputs]
+    return any(out in names.integers or _moved_to_integers(graph, names, out) for out in moved)
 
 
 def _values(
