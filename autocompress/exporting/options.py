@@ -119,8 +119,15 @@ class ExportOptions:
 
     @property
     def label(self) -> str:
-        """What the export is, in a word."""
-        return "plan" if self.plan is not None else self.base.compute
+        """What the export is, in a word.
+
+        >>> ExportOptions().label, ExportOptions(weight_bits=4).label
+        ('int8', 'int8-w4')
+        """
+        if self.plan is not None:
+            return "plan"
+        base = self.base
+        return base.compute if base.bits == WEIGHT_BITS[base.compute][-1] else f"{base.compute}-w{base.bits}"
 
     @property
     def rules(self) -> tuple[LayerRule, ...]:
