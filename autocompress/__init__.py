@@ -18,17 +18,21 @@ from typing import TYPE_CHECKING, Any
 from autocompress.version import __version__
 
 if TYPE_CHECKING:
-    from autocompress.api import calibrate, predict, profile, report, search, verify
+    from autocompress.api import calibrate, export, predict, profile, report, search, verify
     from autocompress.config import RunConfig
+    from autocompress.exporting.handle import ExportedModel, load_export
     from autocompress.front import LoadedFront, Point, load_front, load_point
     from autocompress.tasks import load_task
 
 __all__ = [
+    "ExportedModel",
     "LoadedFront",
     "Point",
     "RunConfig",
     "__version__",
     "calibrate",
+    "export",
+    "load_export",
     "load_front",
     "load_point",
     "load_task",
@@ -40,10 +44,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ExportedModel": "autocompress.exporting.handle",
     "LoadedFront": "autocompress.front",
     "Point": "autocompress.front",
     "RunConfig": "autocompress.config",
     "calibrate": "autocompress.api",
+    "load_export": "autocompress.exporting.handle",
     "load_front": "autocompress.front",
     "load_point": "autocompress.front",
     "load_task": "autocompress.tasks",
@@ -52,7 +58,7 @@ _HOMES = {
     "verify": "autocompress.api",
 }
 
-_FUNCTIONS_AND_PACKAGES = ("report", "search")
+_FUNCTIONS_AND_PACKAGES = ("export", "report", "search")
 
 
 class _CallablePackage(ModuleType):

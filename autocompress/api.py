@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from autocompress.config import RunConfig
+from autocompress.environment import environment_facts
 from autocompress.errors import InfeasibleError, UsageError
+from autocompress.exporting.handle import ExportedModel, load_export
+from autocompress.exporting.metrics import ARTIFACT, METRICS, is_export
 from autocompress.front import LoadedFront, load_front, load_point
 from autocompress.progress import Progress, SilentProgress
 from autocompress.rundir import open_run_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -29,16 +30,26 @@ if TYPE_CHECKING:
     from autocompress.hardware.profile import HardwareProfile
     from autocompress.plan import Estimate
     from autocompress.tasks.base import Task
+    from autocompress.verification import Check
 
-__all__ = ["calibrate", "load_front", "load_point", "predict", "profile", "report", "search", "verify"]
+__all__ = [
+    "calibrate",
+    "export",
+    "load_export",
+    "load_front",
+    "load_point",
+    "predict",
+    "profile",
+    "report",
+    "search",
+    "verify",
+]
 
 logger = logging.getLogger(__name__)
 
 RUNTIME = "onnxruntime"
 MORE_S = 15.0
 """A finished run goes on when resumed with at least this many seconds more."""
-
-PACKAGES = ("torch", "torchvision", "onnxruntime", "onnx", "optuna", "torch-pruning", "fvcore", "numpy")
 
 
 def search(config: RunConfig | None = None, *, progress: Progress | None = None, **options: Any) -> LoadedFront:
@@ -190,13 +201,125 @@ def report(run: str | Path) -> Path:
     return write_report(Path(run))
 
 
-def verify(path: str | Path, *, progress: Progress | None = None) -> list[Any]:
-    """Measures delivered models again, from outside: see :mod:`autocompress.verification`."""
-    from autocompress.verification import verify_path
+def export(
+    model: nn.Module | str,
+    *,
+    calibration: object = None,
+    test: object = None,
+    task: str | None = None,
+    weights: str | Path | None = None,
+    data: str | Path | None = None,
+    compute: str | None = None,
+    weight_bits: int | None = None,
+    block: int = 128,
+    layers: Sequence[str] = (),
+    plan: str | Path | None = None,
+    freeze: Sequence[str] = (),
+    calibration_samples: int = 128,
+    ranges: str = "auto",
+    equalize: Literal["auto", "on", "off"] = "auto",
+    bias_correction: bool = True,
+    threads: int = 1,
+    seed: int = 0,
+    archive: bool = False,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> ExportedModel:
+    """Exports one model to a small and fast ONNX file, without any search, and measures it beside the original.
 
-    return verify_path(
-        Path(path), lambda config: task_of(config, progress or SilentProgress()), progress or SilentProgress()
+    Args:
+        model: a trained module, which stays as it is; or a model's name; or ``module:function``.
+        calibration: of a module, real inputs: a tensor ``[N, ...]``, a dict of them by argument, or a DataLoader.
+        test: of a module, inputs with targets, where its accuracy is wanted.
+        task: of a name, the task it is for; ``digits`` by default.
+        weights: of a name or function, the checkpoint to load.
+        data: likewise, the data set's directory.
+        compute: what layers compute in; ``int8`` by default.
+        weight_bits: bits that weights are stored in; the largest that ``compute`` takes by default.
+        block: weights that share a scale under ``weight_only``.
+        layers: ``PATTERN=COMPUTE[:BITS]`` for some layers; a later one wins.
+        plan: a delivered model's folder or ``plan.json``, in place of ``compute``.
+        freeze: patterns of layers that stay float32.
+        calibration_samples: inputs that ranges are chosen on.
+        ranges: how: ``auto``, ``minmax``, ``percentile``, ``mse`` or ``entropy``.
+        equalize: whether scales are moved between layers first: ``auto``, ``on`` or ``off``.
+        bias_correction: whether biases make up for the mean error of rounded weights.
+        threads: of the timed runs.
+        seed: of every sampling.
+        archive: whether ``model.acz``, an entropy-coded copy for storage, is written too.
+        out: a new or empty folder; ``results/<model>-<compute>-<n>`` by default.
+        progress: told what happens; silent by default.
+
+    Returns:
+        The export; its folder is ``.path``, ``.session()`` runs it, ``.load()`` gives it in torch.
+
+    Raises:
+        UsageError: something was asked for that is not possible as written.
+        ArtifactError: the runtime executes the file otherwise than planned.
+
+    >>> autocompress.export(net, calibration=images, out="small").metrics.speedup  # doctest: +SKIP
+    """
+    from autocompress.exporting.folder import check_free
+    from autocompress.exporting.options import ExportOptions
+    from autocompress.hardware.profile import LOCAL, refuse_threads
+
+    options = ExportOptions(
+        compute=compute,
+        weight_bits=weight_bits,
+        block=block,
+        layers=tuple(layers),
+        plan=None if plan is None else Path(plan),
+        freeze=tuple(freeze),
+        calibration_samples=calibration_samples,
+        ranges=ranges,
+        equalize=equalize,
+        bias_correction=bias_correction,
+        threads=threads,
+        seed=seed,
+        archive=archive,
     )
+    refuse_threads(threads, LOCAL)
+    folder = None if out is None else Path(out)
+    check_free(folder)
+    progress = progress or SilentProgress()
+    progress.stage("load the model")
+    from autocompress.exporting.deliver import export_subject
+    from autocompress.exporting.subject import load_subject, make_subject, origin_of
+
+    if isinstance(model, str):
+        if calibration is not None or test is not None:
+            raise UsageError(f"model {model!r} brings its own data: leave out calibration and test, or give the module")
+        subject = load_subject(origin_of(model, task, weights, data), calibration_samples, seed, progress)
+    else:
+        if (task, weights, data) != (None, None, None):
+            raise UsageError("a module comes with its weights: leave out task, weights and data, and give calibration")
+        subject = make_subject(model, calibration, test, calibration_samples)
+    return export_subject(subject, options, folder, progress)
+
+
+def verify(path: str | Path, *, progress: Progress | None = None) -> list[Check]:
+    """Measures a run, an export or any ONNX file again, from outside.
+
+    Args:
+        path: a run's directory, ``RUN/models/ID/model.onnx``, an export's folder or the ``model.onnx`` in it; of any
+            other ONNX file, what holds for every file is checked.
+        progress: told how far it is.
+    """
+    from autocompress.exporting.verify import verify_export, verify_file
+    from autocompress.verification import is_of_run, verify_path
+
+    given, progress = Path(path), progress or SilentProgress()
+    folder = given if given.is_dir() else given.parent
+    if is_export(folder) and (given.is_dir() or given.name in (ARTIFACT, METRICS)):
+        return verify_export(folder, progress)
+    if given.is_file() and not is_of_run(given):
+        return verify_file(given, progress)
+    if given.is_dir() and not any((given / name).is_file() for name in ("front.json", "config.yaml")):
+        raise UsageError(
+            f"{str(given)!r} is neither a run directory (it has no front.json) nor an export (no metrics.json of one); "
+            "give one of them, or an ONNX file"
+        )
+    return verify_path(given, lambda config: task_of(config, progress), progress)
 
 
 def profile(
@@ -324,24 +447,9 @@ def _check_target(path: Path) -> None:
 
 
 def _write_environment(run: Path) -> None:
-    from autocompress.hardware.profile import cpu_description
     from autocompress.search.files import write_text
-    from autocompress.version import __version__
 
-    versions = {"autocompress": __version__}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    facts = {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpu": cpu_description(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "packages": versions,
-    }
-    write_text(run / "environment.json", json.dumps(facts, indent=1))
+    write_text(run / "environment.json", json.dumps(environment_facts(), indent=1))
 
 
 def _write_manifest(run: Path) -> None:

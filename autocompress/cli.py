@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from autocompress import cli_hardware
+from autocompress import cli_export, cli_hardware
 from autocompress.cli_options import CHECKS_FAILED, INTERRUPTED, AsJson
 from autocompress.cli_options import console as _console
 from autocompress.config import RunConfig, load_config
@@ -265,13 +265,24 @@ def pick(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="A run directory or one model.onnx of a run.", metavar="RUN|MODEL.onnx")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A run directory, the folder of an export, a model.onnx of either, or any other ONNX file.",
+            metavar="RUN|DIR|MODEL.onnx",
+        ),
+    ],
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; print only what fails.")] = False,
 ) -> None:
-    """Measure delivered models again and compare with what the run says; exit code 1 where something differs."""
+    """Measure delivered models again and compare with what was written; exit code 1 where something differs.
+
+    Of an ONNX file from elsewhere, it checks that it is valid and opens, and shows what is executed and how fast.
+    """
     if not path.exists():
-        raise UsageError(f"no such file or directory: {str(path)!r}; give a run directory or RUN/models/ID/model.onnx")
+        raise UsageError(
+            f"no such file or directory: {str(path)!r}; give a run directory, an export's folder or a model.onnx"
+        )
     from autocompress.terminal import showing_progress
 
     with showing_progress(quiet=quiet or as_json) as progress:
@@ -292,6 +303,7 @@ def verify(
         raise typer.Exit(CHECKS_FAILED)
 
 
+app.command(epilog=cli_export.EXPORT_CODES)(cli_export.export)
 app.command(epilog=cli_hardware.PROFILE_CODES)(cli_hardware.profile)
 app.command()(cli_hardware.predict)
 

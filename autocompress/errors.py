@@ -20,6 +20,12 @@ class UsageError(AutocompressError):
     """What was asked for is not possible as written: a name, a value, a file."""
 
 
+class ArtifactError(AutocompressError):
+    """An exported file is not what was asked for: nothing of it is kept."""
+
+    exit_code = 1
+
+
 class InfeasibleError(AutocompressError):
     """No compressed model meets the budgets; ``nearest`` is the point that came closest."""
 

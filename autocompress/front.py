@@ -293,8 +293,11 @@ def load_point(folder: str | Path) -> Point:
     metrics = path / "metrics.json"
     if not metrics.is_file():
         raise UsageError(f"{str(path)!r} holds no delivered model: it has no metrics.json; give RUN/models/ID")
+    text = metrics.read_text(encoding="utf-8")
+    if _is_export(text):
+        raise UsageError(f"{str(path)!r} is an export, not a model of a search; read it with autocompress.load_export")
     try:
-        info = FrontPoint.model_validate_json(metrics.read_text(encoding="utf-8"))
+        info = FrontPoint.model_validate_json(text)
     except ValidationError as error:
         raise UsageError(f"{metrics}: {_first_problem(error)}") from error
     return Point(info, path, Metric())
@@ -438,6 +441,14 @@ def _parse_front(path: Path) -> Front:
     for info in (front.reference, *front.baselines, *front.points):
         _inside(path.parent, info.artifact)
     return front
+
+
+def _is_export(metrics: str) -> bool:
+    try:
+        stored = json.loads(metrics)
+    except ValueError:
+        return False
+    return isinstance(stored, dict) and stored.get("kind") == "export"
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -60,10 +60,9 @@ def verify_path(path: Path, load: Callable[[RunConfig], Task], progress: Progres
         points = [front.reference, *front.baselines, *front.points]
         checks = [_manifest(path)]
     else:
-        run = path.resolve().parent.parent.parent
-        if path.name != "model.onnx" or not (run / "front.json").is_file():
+        if not is_of_run(path):
             raise UsageError(f"{path} is not RUN/models/ID/model.onnx of a run: there is nothing to compare it with")
-        front = load_front(run)
+        front = load_front(path.resolve().parent.parent.parent)
         chosen = front[path.resolve().parent.name]
         points = [chosen] if chosen.id == front.reference.id else [front.reference, chosen]
         checks = []
@@ -82,6 +81,11 @@ def verify_path(path: Path, load: Callable[[RunConfig], Task], progress: Progres
     if not front.front.verified:
         return checks + predictions(front, running)
     return checks + _latencies(front, running, progress)
+
+
+def is_of_run(path: Path) -> bool:
+    """Whether a file is ``RUN/models/ID/model.onnx`` of a run."""
+    return path.name == "model.onnx" and (path.resolve().parent.parent.parent / "front.json").is_file()
 
 
 def _manifest(run: Path) -> Check:

@@ -9,7 +9,7 @@ import numpy as np
 from autocompress.errors import UsageError
 from autocompress.export.builder import GraphBuilder
 from autocompress.methods.compressed import CompressedModel
-from autocompress.methods.quantization import affine_parameters, gates, hard_sigmoid_line
+from autocompress.methods.quantization import affine_parameters, hard_sigmoid_line, smooth_gates
 from autocompress.plan import Layer
 
 MOVERS = frozenset({"Flatten", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"})
@@ -36,7 +36,7 @@ class Activations:
         gates: the names of the Sigmoids that are part of those.
     """
 
-    def __init__(self, compressed: CompressedModel, out: GraphBuilder) -> None:
+    def __init__(self, compressed: CompressedModel, out: GraphBuilder, tuned: bool = True) -> None:
         self.compressed = compressed
         self.graph = compressed.graph
         self.out = out
@@ -45,7 +45,7 @@ class Activations:
         self.born_int8: set[str] = set()
         self._floats: dict[str, str] = {}
         self._per_axis: dict[str, str] = {}
-        self.swishes, self.gates = self._swishes()
+        self.swishes, self.gates = self._swishes() if tuned else ({}, set())
         self._explicit_zero = {
             name for layer in self.graph.layers if layer.op in NEED_ZERO_POINTS for name in layer.activations
         }
@@ -68,9 +68,9 @@ class Activations:
 
     def _swishes(self) -> tuple[dict[str, str], set[str]]:
         products, parts = {}, set()
-        for gate, product in gates(self.graph).items():
+        for gate, product in smooth_gates(self.graph).items():
             layer = self.graph.by_name[gate]
-            if layer.op == "Sigmoid" and layer.inputs[0] in self.scales and layer.outputs[0] not in self.scales:
+            if layer.inputs[0] in self.scales and layer.outputs[0] not in self.scales:
                 products[product] = layer.inputs[0]
                 parts.add(gate)
         return products, parts
@@ -126,7 +126,7 @@ class Activations:
         ends = [0] * rank + [0, channels] + [0] * (rank - 2)
         inputs = [self.integers[tensor], self.out.constant(np.array(ends, np.int64))]
         if zero:
-            inputs.append(self.out.constant(np.uint8(zero)))
+            inputs.append(self.out.constant(np.array(zero, np.uint8)))
         return self.out.node("DequantizeLinear", [self.out.node("Pad", inputs), *self._scale_inputs(tensor)])
 
     def as_float_per_axis(self, tensor: str) -> str:
@@ -187,9 +187,13 @@ class Activations:
             return False
         line = self.out.node(
             "DequantizeLinear",
-            [self.integers[source], self.out.constant(np.float32(scale)), self.out.constant(np.uint8(round(moved)))],
+            [
+                self.integers[source],
+                self.out.constant(np.array(scale, np.float32)),
+                self.out.constant(np.array(round(moved), np.uint8)),
+            ],
         )
-        full = [self.out.constant(np.float32(1 / (255 * alpha))), self.out.constant(np.uint8(0))]
+        full = [self.out.constant(np.array(1 / (255 * alpha), np.float32)), self.out.constant(np.array(0, np.uint8))]
         self.integers[result] = self.out.node("QuantizeLinear", [line, *full])
         if source in self.born_int8:
             self.born_int8.add(result)

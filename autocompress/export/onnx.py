@@ -31,32 +31,42 @@ from autocompress.export.files import write_atomic
 from autocompress.export.weights import WeightLayers
 from autocompress.methods.compressed import CompressedModel
 from autocompress.plan import Layer, ModelGraph, Tensor, is_weight_layer
+from autocompress.runtime.base import DEFAULT_RUNTIME
 
 
-def to_onnx(compressed: CompressedModel, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
+def to_onnx(
+    compressed: CompressedModel, metadata: Mapping[str, str] | None = None, runtime: str = DEFAULT_RUNTIME
+) -> onnx.ModelProto:
     """The model as ONNX: a dynamic batch, the model's own input and output names, checked.
 
     Args:
         compressed: what a plan made of a model.
         metadata: short facts stored in the file (``metadata_props``); each costs its length.
+        runtime: what will run it.  All compute the same of any file; forms that only make ONNX Runtime faster are left
+            out for others.
     """
-    return _Exporter(compressed).model(metadata or {})
+    return _Exporter(compressed, runtime == DEFAULT_RUNTIME).model(metadata or {})
 
 
-def write_onnx(compressed: CompressedModel, path: Path | str, metadata: Mapping[str, str] | None = None) -> int:
+def write_onnx(
+    compressed: CompressedModel,
+    path: Path | str,
+    metadata: Mapping[str, str] | None = None,
+    runtime: str = DEFAULT_RUNTIME,
+) -> int:
     """Writes :func:`to_onnx` to ``path`` in one step (a reader never sees half a file) and returns its bytes."""
-    data = to_onnx(compressed, metadata).SerializeToString(deterministic=True)
+    data = to_onnx(compressed, metadata, runtime).SerializeToString(deterministic=True)
     write_atomic(Path(path), data)
     return len(data)
 
 
 class _Exporter:
-    def __init__(self, compressed: CompressedModel) -> None:
+    def __init__(self, compressed: CompressedModel, tuned: bool) -> None:
         self.compressed = compressed
         self.graph = compressed.graph
         self.out = GraphBuilder(frozenset((*self.graph.inputs, *self.graph.outputs)))
-        self.activations = Activations(compressed, self.out)
-        self.weights = WeightLayers(compressed, self.activations, self.out)
+        self.activations = Activations(compressed, self.out, tuned)
+        self.weights = WeightLayers(compressed, self.activations, self.out, tuned)
         self.node_names = node_names(self.graph)
 
     def model(self, metadata: Mapping[str, str]) -> onnx.ModelProto:

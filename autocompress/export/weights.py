@@ -32,9 +32,13 @@ class WeightLayers:
         compressed: what a plan made of a model.
         activations: which activations exist as floats, and which as integers.
         out: where nodes and initializers go.
+        tuned: whether forms are taken that only make ONNX Runtime faster.
     """
 
-    def __init__(self, compressed: CompressedModel, activations: Activations, out: GraphBuilder) -> None:
+    def __init__(
+        self, compressed: CompressedModel, activations: Activations, out: GraphBuilder, tuned: bool = True
+    ) -> None:
+        self.tuned = tuned
         self.compressed = compressed
         self.activations = activations
         self.out = out
@@ -93,7 +97,7 @@ class WeightLayers:
         if source not in self.activations.scales:
             raise UsageError(f"layer {layer.name!r} computes in int8, but its input {source!r} has no 8-bit format")
         scale, stored = self._scale(layer), self._stored.integers(layer)
-        added = self._missing_channels(layer)
+        added = self._missing_channels(layer) if self.tuned else 0
         if added:
             stored = self.out.node("Pad", [stored, self.out.constant(np.array([0, 0, 0, 0, 0, added, 0, 0]))])
         parameters = [stored, self.out.constant(scale)]

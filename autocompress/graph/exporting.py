@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import logging
+import os
+import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,9 @@ from autocompress.plan import Attribute, Layer
 
 OPSET = 21
 """The first opset with 4-bit integers in DequantizeLinear."""
+
+_TALKATIVE = ("torch.onnx", "torch.export", "torch._export", "torch._dynamo", "torch.fx", "onnxscript", "onnx_ir")
+"""Loggers of the exporter; where it fails they, and it itself, show the whole graph."""
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -50,20 +56,31 @@ def export(module: nn.Module, example_inputs: tuple[torch.Tensor, ...]) -> Expor
     """
     names, dynamic = _signature(module, len(example_inputs))
     try:
-        with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
+        with warnings.catch_warnings(), _quiet(*_TALKATIVE), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module, example_inputs, dynamo=True, optimize=True, opset_version=OPSET, dynamic_shapes=dynamic,
                 input_names=names, verbose=False,
             )  # fmt: skip
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"torch.onnx.export cannot read {type(module).__name__} with a dynamic batch: {reason}; "
+            f"torch.onnx.export cannot read {type(module).__name__} with a dynamic batch: {_reason(error)}; "
             "avoid control flow that depends on tensor values or on the batch size"
         ) from error
     assert program is not None
     return _converted(program.model.graph)
+
+
+def _reason(error: BaseException) -> str:
+    """The error that the exporter's own ones stand for, in a line, with the line of the model where it is known."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    reason = lines[0] if lines else type(error).__name__
+    where = re.findall(r'File "([^"]+)", line (\d+), in (?:forward|\w+)\n\s+(.+)', text)
+    own = [place for place in where if f"{os.sep}torch{os.sep}" not in place[0]]
+    return f"{reason} (at {own[-1][2].strip()!r}, line {own[-1][1]} of {own[-1][0]})" if own else reason
 
 
 def _signature(module: nn.Module, count: int) -> tuple[list[str], tuple[Any, ...]]:
@@ -77,7 +94,7 @@ def _signature(module: nn.Module, count: int) -> tuple[list[str], tuple[Any, ...
     return [*single, *rest], (*batch[: len(single)], tuple(batch[len(single) :]))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet(*names: str) -> Iterator[None]:
     """Keeps the exporter's account of its passes out of the caller's log."""
     loggers = [logging.getLogger(name) for name in names]

@@ -114,7 +114,7 @@ def measure_plans(
             compressed = with_ranges(small, plan, {**random_weights(small, rng), **fixed}, rng)
             name = str(index)
             paths[name] = Path(folder) / f"{name}.onnx"
-            sizes[name] = write_onnx(compressed, paths[name])
+            sizes[name] = write_onnx(compressed, paths[name], runtime=runtime)
         measured = measure_latency(
             paths, threads=threads, batch=batch, seconds_each=seconds_each, progress=progress, runtime=runtime
         )

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from autocompress.export.weights import WORD
 from autocompress.hardware.kernels import (
     LIGHT,
     VIEWS,
@@ -118,6 +119,8 @@ class Lowering(Placement):
                 self._add(step)
             elif step.folded:
                 self._activation_behind_add(step)
+            elif step.fused in ("gate", "swish"):
+                self._swish(step)
             elif op in _FOLLOWER_KINDS and op in FOLLOWERS:
                 self._follower(step)
             else:
@@ -207,15 +210,21 @@ class Lowering(Placement):
         computes_int8 = self.int8.get(layer.name, self.none)
         replaced = computes_int8 & self._is_held(step.result)
         unreplaced = computes_int8 & ~replaced
+        # The exporter gives an integer convolution a whole word of input channels to gather.
+        words = max(inputs, WORD) if isinstance(inputs, int) and window > 1 and not grouped else inputs
 
         def each(kind: str, mask: Mask) -> None:
             if mask.any():
-                work = conv_work(kind, positions, window, inputs, outputs, input_positions, self.block)
+                read = words if kind.endswith("int8") else inputs
+                work = conv_work(kind, positions, window, read, outputs, input_positions, self.block)
                 self.emit(layer.name, kind, work, mask, True)
                 self.convolutions.setdefault(layer.name, []).append((kind, mask))
 
         # int8: NHWC in and out.
-        aligned = self._mask(aligned_int8(inputs, outputs, depthwise)) if depthwise or not grouped else self.none
+        aligned = self._mask(aligned_int8(words, outputs, depthwise)) if depthwise or not grouped else self.none
+        if words is not inputs and replaced.any():
+            widened = light_work("concat_int8", input_positions * inputs, input_positions * words)
+            self.emit(source, "concat_int8", widened, replaced, True)
         base = "depthwise" if depthwise else "pointwise" if window == 1 else "conv"
         each(f"{base}_int8", replaced & aligned)
         each(f"{base}_plain_int8", replaced & ~aligned)
@@ -406,19 +415,32 @@ class Lowering(Placement):
             self._pool(step, int8, last, all_packed)
         else:
             self.emit(layer.name, kind_int8, light_work(kind_int8, read, written), int8, True)
-            if step.fused == "swish":
-                kind_float, written = "curve_fp32", self._packed_elements(inputs[0])
-                read = written
-            if step.fused not in ("gate", "gone"):
+            if step.fused != "gone":
                 self.emit(layer.name, kind_float, light_work(kind_float, 4 * read, 4 * written), ~int8, True)
         floating = ~int8
         for tensor in inputs:
             self._read_int8(tensor, int8, last)
-            if step.fused != "swish" or tensor == inputs[0]:
-                self._read_float(tensor, floating, floating & all_packed)
+            self._read_float(tensor, floating, floating & all_packed)
         self._mark(self.channels_last, step.result, int8 & last)
         self._mark(self.packed, step.result, floating & all_packed)
         self._quantize(step.result, floating)
+
+    def _swish(self, step: Step) -> None:
+        """``x * sigmoid(x)``: one float kernel, whatever x and the product are held in."""
+        if step.fused == "gate":
+            return
+        source, layer = step.gated, step.layer
+        elements, held = self._elements(source), self._is_held(source)
+        packed = self.packed.get(source, self.none) & ~held
+        for mask, count in ((packed, self._packed_elements(source)), (~packed, elements)):
+            self.emit(layer.name, "curve_fp32", light_work("curve_fp32", 4 * count, 4 * count), mask, True)
+        if held.any():
+            self.emit(source, "dequantize", move_work(elements, 4 * elements), held, True)
+        last = held & self.channels_last.get(source, self.none)
+        self._mark(self.channels_last, step.result, last & self._is_held(step.result))
+        self._mark(self.to_plain, source, last & ~self._is_held(step.result))
+        self._mark(self.packed, step.result, packed)
+        self._quantize(step.result, self.all)
 
     def _pool(self, step: Step, int8: Mask, last: Mask, packed: Mask) -> None:
         layer = step.layer
@@ -484,7 +506,10 @@ class Lowering(Placement):
             written: Number = 0
             for tensor in layer.outputs if step.fused != "split" else layer.activations[:1]:
                 written = written + self._bytes(tensor)
-            self.emit(layer.name, kind, light_work(kind, read, written), self.all, True)
+            # From int8 to int8 a HardSigmoid is a change of scale.
+            shifted = self._is_held(layer.inputs[0]) if layer.op == "HardSigmoid" else self.none
+            self._mark(self.channels_last, out, shifted & self.channels_last.get(layer.inputs[0], self.none))
+            self.emit(layer.name, kind, light_work(kind, read, written), ~shifted, True)
         for tensor in layer.activations if step.fused != "part" else ():
             self._read_int8(tensor, int8, self.none)
             self._read_float(tensor, ~int8)

@@ -97,7 +97,7 @@ def measure_profile(
     rng = np.random.default_rng(_SEED)
     block = _detect_block(rng, threads, runtime)
     progress.stage("choose models", None)
-    samples = choose_samples(models, rng, block, weight_only=runtime == DEFAULT_RUNTIME)
+    samples = choose_samples(models, rng, block, runtime)
     measured = profile_kernels(
         [sample.model for sample in samples], block, threads=threads, batch=batch, runtime=runtime, progress=progress
     )

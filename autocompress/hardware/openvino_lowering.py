@@ -275,15 +275,16 @@ class OpenvinoLowering(OpenvinoTensors):
         self._wrote_both(tensor, held)
 
     def _swish(self, step: Step) -> None:
-        """``x * sigmoid(x)``: inside a float product, a kernel of its own behind an int8 one."""
-        layer = step.layer
-        source = next(t for t in layer.activations if self.graph.producers[t].op != "Sigmoid")
+        """``x * sigmoid(x)``: inside the product before it, but for an int8 depthwise convolution."""
+        layer, source = step.layer, step.gated
         maker = self.graph.producers.get(source)
         elements = self._elements(source)
         integers, held = self._in_integers(source), self._is_held(step.result)
         if maker is None or not is_weight_layer(maker):
             self.emit(layer.name, "curve_fp32", move_work(4 * elements, 4 * elements), ~integers, True)
-        self.emit(layer.name, "curve_int8", move_work(elements, elements), integers & held, True)
+        inside = maker is not None and maker.op == "Conv" and maker.attributes.get("group", 1) == 1
+        if not inside:
+            self.emit(layer.name, "add_int8", move_work(elements, elements), integers & held, True)
         self.emit(layer.name, "curve_fp32", move_work(elements, 4 * elements), integers & ~held, True)
         if source in self.channels_last:
             self.channels_last.add(step.result)

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 PROFILE_VERSION: Literal[2] = 2
 LOCAL = "local"
 
-_REVISION = 4
+_REVISION = 5
 """Goes up with every change to what is measured or how it is fitted: profiles cached before are measured again."""
 
 ABSURD_US = 1e6

@@ -23,6 +23,7 @@ from autocompress.hardware.synthetic import (
 )  # fmt: skip
 from autocompress.hardware.weight_only import dynamic_products, few_bits_products
 from autocompress.plan import LayerPlan, ModelGraph
+from autocompress.runtime.base import DEFAULT_RUNTIME
 
 Builder = Callable[..., ModelGraph]
 
@@ -75,23 +76,24 @@ class Sample:
     input_shape: tuple[int, ...]
 
 
-def choose_samples(count: int, rng: np.random.Generator, block: int, weight_only: bool = True) -> list[Sample]:
+def choose_samples(count: int, rng: np.random.Generator, block: int, runtime: str = DEFAULT_RUNTIME) -> list[Sample]:
     """The ``count`` models that cover most, then those with heavy weights and with weights of few bits.
 
     Args:
         count: models of the families; below 20 the others are left out.
         rng: gives widths, sizes and formats.
         block: channels that the runtime packs together.
-        weight_only: whether the runtime has kernels for weights of few bits.
+        runtime: what will run them; ONNX Runtime alone has kernels for weights of few bits.
     """
+    weight_only = runtime == DEFAULT_RUNTIME
     candidates = list(_candidates(rng))
     covered = [cells(lowered_kernels(graph, layers, block, 1)) for graph, layers in candidates]
-    samples = [_sample(*candidates[index], rng) for index in choose(covered, count)]
+    samples = [_sample(*candidates[index], rng, runtime) for index in choose(covered, count)]
     if count < 20:
         return samples
     for channels, depth, style in _HEAVY:
         graph = heavy_net(channels, depth)
-        samples.append(_sample(graph, random_formats(graph, rng, style), rng))
+        samples.append(_sample(graph, random_formats(graph, rng, style), rng, runtime))
     few_bits = [(*kind, ((64, 128), (192, 384))[index % 2]) for index, kind in enumerate(_WEIGHT_ONLY)]
     for style, tokens, widths in few_bits if weight_only else ():
         graph = token_net(rng, tokens, widths)
@@ -106,12 +108,12 @@ def choose_samples(count: int, rng: np.random.Generator, block: int, weight_only
         graph = encoder_net(rng, tokens, (64, 256))
         dynamic = dynamic_products(to_onnx(random_model(graph, {}, rng)))
         samples.append(Sample(graph, dynamic.SerializeToString(), graph.tensors["input"].shape))
-        samples.append(_sample(joined_net(rng, tokens, (64, 256)), {}, rng))
+        samples.append(_sample(joined_net(rng, tokens, (64, 256)), {}, rng, runtime))
     return samples
 
 
-def _sample(graph: ModelGraph, layers: dict[str, LayerPlan], rng: np.random.Generator) -> Sample:
-    model = to_onnx(random_model(graph, layers, rng))
+def _sample(graph: ModelGraph, layers: dict[str, LayerPlan], rng: np.random.Generator, runtime: str) -> Sample:
+    model = to_onnx(random_model(graph, layers, rng), runtime=runtime)
     return Sample(graph, model.SerializeToString(), graph.tensors["input"].shape)
 
 

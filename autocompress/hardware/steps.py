@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autocompress.methods.quantization import FOLLOWERS, FUSED_ACTIVATIONS, fused_output
+from autocompress.methods.quantization import FOLLOWERS, FUSED_ACTIVATIONS, fused_output, smooth_gates
 from autocompress.plan import Layer, ModelGraph, is_weight_layer
 
 Mask = np.ndarray
@@ -31,6 +31,8 @@ class Step:
     """Whether ``result`` is read once and is no output of the model."""
     fused: str = ""
     """What the float graph's optimizer makes of it: see ``_float_fusions``."""
+    gated: str = ""
+    """Of a product ``x * sigmoid(x)``: x."""
 
 
 def make_steps(graph: ModelGraph) -> tuple[Step, ...]:
@@ -46,7 +48,10 @@ def make_steps(graph: ModelGraph) -> tuple[Step, ...]:
         is_folded = layer.op in FUSED_ACTIVATIONS and layer.outputs[0] in folded
         steps.append(Step(layer, result, is_weight_layer(layer), is_folded, sole))
     fusions = _float_fusions(graph)
-    return tuple(replace(step, fused=fusions.get(step.layer.name, "")) for step in steps)
+    gated = {product: graph.by_name[gate].inputs[0] for gate, product in smooth_gates(graph).items()}
+    return tuple(
+        replace(step, fused=fusions.get(step.layer.name, ""), gated=gated.get(step.layer.name, "")) for step in steps
+    )
 
 
 def _float_fusions(graph: ModelGraph) -> dict[str, str]:
@@ -62,6 +67,7 @@ def _float_fusions(graph: ModelGraph) -> dict[str, str]:
         readers = graph.consumers.get(layer.outputs[0], ()) if layer.outputs else ()
         return readers[0] if len(readers) == 1 and layer.outputs[0] not in graph.outputs else None
 
+    smooth = smooth_gates(graph)
     gathered: dict[str, list[str]] = {}
     for layer in graph.layers:
         reader = sole_reader(layer)
@@ -76,10 +82,8 @@ def _float_fusions(graph: ModelGraph) -> dict[str, str]:
         )
         if layer.op in ("Sigmoid", "LeakyRelu") and after_convolution:
             found[layer.name] = "gone"
-        elif layer.op == "Sigmoid" and reader.op == "Mul" and set(reader.activations) == {
-            layer.activations[0], layer.outputs[0],
-        }:  # fmt: skip
-            found[layer.name], found[reader.name] = "gate", "swish"
+        elif layer.name in smooth:
+            found[layer.name], found[smooth[layer.name]] = "gate", "swish"
         elif layer.op == "Add" and constant and reader.op == "Gelu":
             found[layer.name] = "gone"
         elif reader.op == "MatMul" and not is_weight_layer(reader):
@@ -119,9 +123,10 @@ def quantized_tensors(
         activations = step.layer.activations
         if step.layer.op in ("Add", "Mul") and len(activations) < 2:
             continue  # a constant operand has no integer kernel
-        if step.layer.op in FOLLOWERS and activations:
-            mask = held.get(activations[0], none)
-            for tensor in activations[1:]:
+        if step.layer.op in FOLLOWERS and activations and step.fused != "gate":
+            sources = (step.gated,) if step.gated else activations
+            mask = held.get(sources[0], none)
+            for tensor in sources[1:]:
                 mask = mask & held.get(tensor, none)
             if mask.any():
                 hold(step.result, mask)

@@ -17,7 +17,14 @@ from autocompress.graph.executor import GraphModule
 from autocompress.graph.ops import OPERATORS
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.input_rounding import input_taps
-from autocompress.methods.quantization import FUSED_ACTIVATIONS, MOVERS, affine_parameters, fused_output, weight_axis
+from autocompress.methods.quantization import (
+    FUSED_ACTIVATIONS,
+    MOVERS,
+    affine_parameters,
+    fused_output,
+    hard_sigmoid_line,
+    weight_axis,
+)
 from autocompress.methods.simulation import bias_integers
 from autocompress.plan import Layer, LayerPlan
 
@@ -59,6 +66,20 @@ def multiply_integers(first: Operand, second: Operand, output: tuple[float, int]
     return (first[0] * second[0]).mul_(step).add_(zero).round_().sub_(zero)
 
 
+def shifted_line(layer: Layer, integers: torch.Tensor, source: tuple[float, int]) -> torch.Tensor | None:
+    """A HardSigmoid as the exporter writes it: its input's integers read with another zero point, on another scale.
+
+    None where the scales do not allow that.
+    """
+    scale, zero = source
+    alpha, beta = hard_sigmoid_line(layer)
+    moved = zero - beta / (alpha * scale)
+    if not 0 <= round(moved) <= 255 or abs(moved - round(moved)) > 1e-3:
+        return None
+    step = torch.tensor(1 / (255 * alpha), dtype=torch.float32)
+    return ((integers + (zero - round(moved))) * scale / step).round_()
+
+
 PAIRS = {"Add": add_integers, "Mul": multiply_integers}
 
 POOLS = frozenset({"AveragePool", "GlobalAveragePool"})
@@ -88,9 +109,7 @@ class ExactModule(GraphModule):
         self._pairs = {name: output for name, output in self._pairs.items() if output in self._scales}
         held = {made.output for made in self._integer.values() if made.output} | set(self._pairs.values())
         self._absorbed = {
-            layer.name
-            for layer in self.graph.layers
-            if layer.op in FUSED_ACTIVATIONS and set(layer.outputs) <= held
+            layer.name for layer in self.graph.layers if layer.op in FUSED_ACTIVATIONS and set(layer.outputs) <= held
         }
 
     def _prepared(self, compressed: CompressedModel, layer: Layer) -> _IntegerLayer:
@@ -142,6 +161,11 @@ class ExactModule(GraphModule):
             first, second = ((integers[name], *self._scales[name]) for name in layer.activations)
             integers[output] = self._saturated(output, PAIRS[layer.op](first, second, self._scales[output]))
             return
+        if layer.op == "HardSigmoid" and layer.inputs[0] in integers and layer.outputs[0] in self._scales:
+            shifted = shifted_line(layer, integers[layer.inputs[0]], self._scales[layer.inputs[0]])
+            if shifted is not None and self._scales[layer.outputs[0]][1] == 0:
+                integers[layer.outputs[0]] = shifted.clamp_(0, 255)
+                return
         if layer.op in POOLS and layer.inputs[0] in integers:
             mean = operator(layer.attributes, integers[layer.inputs[0]]) * self._scales[layer.inputs[0]][0]
             self._hold(layer.outputs[0], mean, floats, integers)
@@ -150,8 +174,8 @@ class ExactModule(GraphModule):
             self._argument(name) if name in layer.weights or not name else self._float(name, floats, integers)
             for name in layer.inputs
         ]
-        if layer.name in self.input_taps and isinstance(arguments[0], torch.Tensor):
-            arguments[0] = self.input_taps[layer.name](arguments[0])
+        if layer.name in self.input_taps:
+            arguments[0] = self.input_taps[layer.name](self._float(layer.inputs[0], floats, integers))
         result = operator(layer.attributes, *arguments)
         for name, value in zip(layer.outputs, result if isinstance(result, tuple) else (result,), strict=False):
             if name:

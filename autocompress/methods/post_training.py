@@ -19,13 +19,14 @@ from autocompress.methods.calibration import range_method
 from autocompress.methods.calibration_report import CalibrationReport
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.equalization import channel_maxima, equalize, find_links
+from autocompress.methods.exact import ExactModule
+from autocompress.methods.formats import BLOCK, refusal
 from autocompress.methods.quantization import activation_formats, assign_ranges, fused_output
 from autocompress.methods.registry import RANGE_METHODS
 from autocompress.methods.rounding import round_with_compensation
 from autocompress.methods.rounding_formats import column_scales, format_scales, round_to_format
-from autocompress.methods.simulation import build_compressed
 from autocompress.methods.statistics import CalibrationStatistics, collect, from_matrix, merge, weight_matrix
-from autocompress.plan import FLOAT32, CompressionPlan, Compute, Layer, LayerPlan, ModelGraph, NumFormat
+from autocompress.plan import FLOAT16, FLOAT32, CompressionPlan, Compute, Layer, LayerPlan, ModelGraph, NumFormat
 from autocompress.progress import Progress, SilentProgress
 
 Batch = tuple[torch.Tensor, ...]
@@ -51,7 +52,7 @@ class CalibrationOptions:
     ranges: str = "auto"
     equalize: Choice = "auto"
     bias_correction: bool = True
-    rounding: Literal["auto", "nearest", "compensated"] = "nearest"
+    rounding: Literal["auto", "nearest", "compensated"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,33 +70,44 @@ def uniform_plan(graph: ModelGraph, compute: Compute, bits: int) -> tuple[Compre
     Args:
         graph: the model.
         compute: what layers compute in.
-        bits: their weights are stored in; 32 is floating point.
+        bits: their weights are stored in; 32 and 16 are floating point.
 
     Returns:
         The plan, and for each weight layer that stays fp32 the reason.
+
+    Raises:
+        UsageError: no layer can take the format.
     """
-    if compute != "fp32" and bits > 8:
-        raise UsageError(f"{bits}-bit weights cannot feed {compute} kernels; give at most 8 bits")
-    form = LayerPlan(compute=compute, storage=FLOAT32 if bits == 32 else NumFormat(bits=bits))
+    form = LayerPlan(compute=compute, storage=_storage(compute, bits))
     layers: dict[str, LayerPlan] = {}
     left: dict[str, str] = {}
     for layer in graph.compressible:
-        reason = stays_float(graph, layer, compute)
+        reason = stays_float(graph, layer, form)
         if reason:
             left[layer.name] = reason
         else:
             layers[layer.name] = form
+    if left and not layers:
+        raise UsageError(f"no layer can be {compute} with {bits}-bit weights: {next(iter(left.values()))}")
     plan = CompressionPlan(layers=layers)
     return plan.model_copy(update={"activations": activation_formats(graph, layers)}), left
 
 
-def stays_float(graph: ModelGraph, layer: Layer, compute: Compute) -> str:
-    """Why a weight layer cannot take integers; empty where it can."""
+def _storage(compute: Compute, bits: int) -> NumFormat:
+    if bits >= 16:
+        return FLOAT32 if bits == 32 else FLOAT16
+    if compute == "weight_only":
+        return NumFormat(bits=bits, granularity="block", block=BLOCK)
+    return NumFormat(bits=bits)
+
+
+def stays_float(graph: ModelGraph, layer: Layer, form: LayerPlan) -> str:
+    """Why a weight layer cannot take a format and stays fp32; empty where it can."""
     if layer.op in ("Gemm", "MatMul") and len(graph.tensors[layer.inputs[1]].shape) != 2:
         return "its weight is no matrix, so it has no output channels to scale"
-    if layer.op == "Conv" and compute == "int8" and fused_output(graph, layer) in graph.outputs:
+    if layer.op == "Conv" and form.compute == "int8" and fused_output(graph, layer) in graph.outputs:
         return "an integer convolution cannot give the model's float output"
-    return ""
+    return refusal(layer, form)
 
 
 def quantize_model(
@@ -122,9 +134,8 @@ def quantize_model(
     Raises:
         UsageError: there are no batches, or they hold something that is not a finite number.
     """
-    return _Quantizer(
-        graph, weights, plan, batches, options or CalibrationOptions(), progress or SilentProgress()
-    ).run()
+    chosen = options or CalibrationOptions()
+    return _Quantizer(graph, weights, plan, batches, chosen, progress or SilentProgress()).run()
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,11 @@ class _Quantizer:
         if not all(bool(torch.isfinite(value).all()) for value in self.reference):
             raise UsageError("the float model gives NaN or infinite values on the calibration data")
         self.tried: dict[str, float] = {}
+        self._gathered: dict[str, Mapping[str, torch.Tensor]] = {}
+        # Below 8 bits rounding to the nearest loses too much to be worth a try.
+        self.needs_hessians = any(
+            layer.storage.scheme == "affine" and layer.storage.bits < 8 for layer in plan.layers.values()
+        )
 
     def run(self) -> CompressedModel:
         methods = list(RANGE_METHODS) if self.options.ranges == "auto" else [self.options.ranges]
@@ -203,12 +219,13 @@ class _Quantizer:
 
     def _candidate(self, variant: _Variant, method: str, rounding: str) -> _Candidate:
         compensated = rounding == "compensated"
-        rounded, scales = round_weights(self.graph, variant.weights, self.plan, variant.seen.hessians, compensated)
+        hessians = self._hessians(variant) if compensated or self.needs_hessians else {}
+        rounded, scales = round_weights(self.graph, variant.weights, self.plan, hessians, compensated)
         model = CompressedModel(self.graph, rounded, self.plan, scales, self._ranges(variant.seen, method))
         return self._measured(_Candidate(model, variant, method, rounding, False, 0.0))
 
     def _measured(self, candidate: _Candidate) -> _Candidate:
-        snr_db = signal_to_noise_db(self.reference, outputs_of(build_compressed(candidate.model), self.held))
+        snr_db = signal_to_noise_db(self.reference, outputs_of(ExactModule(candidate.model), self.held))
         moved, corrected = candidate.variant.equalization, ["biases corrected"] if candidate.corrected else []
         words = [candidate.ranges, *([] if moved == "none" else [f"{moved} equalized"]), candidate.rounding, *corrected]
         self.tried[", ".join(words)] = round(snr_db, 2)
@@ -233,13 +250,19 @@ class _Quantizer:
     def _observed(self, equalization: str, weights: Mapping[str, torch.Tensor]) -> _Variant:
         """Statistics of both parts of the data."""
         module = build_module(self.graph, weights)
-        hessians = self.options.rounding != "nearest" or any(
-            layer.storage.scheme == "affine" and layer.storage.bits < 8 for layer in self.plan.layers.values()
-        )
         self.progress.stage("calibration", len(self.fit) + len(self.held))
-        seen = collect(module, self._counted(self.fit), self.options.seed, hessians=hessians)
+        seen = collect(module, self._counted(self.fit), self.options.seed, hessians=False)
         unseen = collect(module, self._counted(self.held), self.options.seed, hessians=False)
         return _Variant(equalization, weights, seen, unseen)
+
+    def _hessians(self, variant: _Variant) -> Mapping[str, torch.Tensor]:
+        """Second moments of the variant's inputs: dear to gather, so only where rounding makes use of them."""
+        if variant.equalization not in self._gathered:
+            module = build_module(self.graph, variant.weights)
+            self.progress.stage("second moments", len(self.fit))
+            gathered = collect(module, self._counted(self.fit), self.options.seed)
+            self._gathered = {variant.equalization: gathered.hessians}
+        return self._gathered[variant.equalization]
 
     def _counted(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         for batch in batches:
@@ -258,22 +281,21 @@ def round_weights(
     hessians: Mapping[str, torch.Tensor],
     compensated: bool,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The weights of each layer as its format can hold them, and the scales of those that are integers."""
+    """The weights as their storage formats hold them, and the scales of those held as integers."""
     made = dict(weights)
     scales: dict[str, torch.Tensor] = {}
     for layer in graph.compressible:
         storage = plan.layers.get(layer.name, LayerPlan()).storage
-        if storage.scheme == "float" and storage.bits == 32:
+        if storage == FLOAT32:
             continue
         matrix = weight_matrix(layer, weights[layer.inputs[1]]).float().contiguous()
-        hessian = hessians.get(layer.name)
-        shared = bool(layer.shared_with)
-        step: torch.Tensor | None
-        if storage.scheme != "affine" or hessian is None or shared or (storage.bits >= 8 and not compensated):
+        hessian = None if layer.shared_with else hessians.get(layer.name)
+        if hessian is None or storage.scheme != "affine" or (storage.bits >= 8 and not compensated):
             rounded, step = round_to_format(matrix, storage)
         else:
             step = format_scales(matrix, storage)
-            rounded, bias = _compensated(layer, weights, matrix, hessian, step, storage)
+            each = step if step.dim() == 1 else column_scales(step, storage, matrix.shape[1])
+            rounded, bias = _compensated(layer, weights, matrix, hessian, each, storage.bits)
             if bias is not None:
                 made[layer.inputs[2]] = bias
         shape = graph.tensors[layer.inputs[1]].shape
@@ -289,15 +311,14 @@ def _compensated(
     matrix: torch.Tensor,
     hessian: torch.Tensor,
     scales: torch.Tensor,
-    storage: NumFormat,
+    bits: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rounded weights, and the bias where the layer has one of its own to take what is left."""
-    steps = scales if scales.dim() == 1 else column_scales(scales, storage, matrix.shape[1])
-    if len(layer.inputs) > 2 and layer.inputs[2] and weights[layer.inputs[2]].shape == scales.shape[:1]:
-        return round_with_compensation(matrix, weights[layer.inputs[2]], hessian, steps, storage.bits)
+    if len(layer.inputs) > 2 and layer.inputs[2] and weights[layer.inputs[2]].shape == (len(matrix),):
+        return round_with_compensation(matrix, weights[layer.inputs[2]], hessian, scales, bits)
     alone = hessian.clone()
     alone[-1, :-1] = alone[:-1, -1] = 0.0
-    return round_with_compensation(matrix, matrix.new_zeros(len(matrix)), alone, steps, storage.bits)[0], None
+    return round_with_compensation(matrix, torch.zeros(len(matrix)), alone, scales, bits)[0], None
 
 
 # ---------------------------------------------------------------------------------------------------- the data

@@ -50,6 +50,11 @@ def gates(graph: ModelGraph) -> dict[str, str]:
     return found
 
 
+def smooth_gates(graph: ModelGraph) -> dict[str, str]:
+    """The ``gates`` that are Sigmoids."""
+    return {gate: product for gate, product in gates(graph).items() if graph.by_name[gate].op == "Sigmoid"}
+
+
 def activation_formats(graph: ModelGraph, layers: Mapping[str, LayerPlan]) -> dict[str, NumFormat]:
     """The activations that a plan holds in 8 bits: everything an int8 layer reads or writes.
 
@@ -58,7 +63,7 @@ def activation_formats(graph: ModelGraph, layers: Mapping[str, LayerPlan]) -> di
     float32.
     """
     formats: dict[str, NumFormat] = {}
-    smooth = {gate: product for gate, product in gates(graph).items() if graph.by_name[gate].op == "Sigmoid"}
+    smooth = smooth_gates(graph)
     unrounded = {graph.by_name[gate].outputs[0] for gate in smooth}
 
     def hold(tensor: str) -> None:

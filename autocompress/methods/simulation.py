@@ -10,7 +10,7 @@ from autocompress.graph.executor import GraphModule, Tap
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.input_rounding import behind_halves, input_taps
 from autocompress.methods.quantization import affine_parameters
-from autocompress.plan import Layer, LayerPlan
+from autocompress.plan import Layer
 
 
 def activation_tap(low: float, high: float) -> Tap:
@@ -38,7 +38,7 @@ def build_compressed(compressed: CompressedModel) -> GraphModule:
     that a layer rounds while it runs are rounded as the runtime rounds them.  The module takes and gives what the
     original does.
     """
-    module = GraphModule(compressed.graph, {**compressed.weights, **rounded_biases(compressed)})
+    module = GraphModule(compressed.graph, {**compressed.weights, **integer_biases(compressed)})
     taps = activation_taps({name: compressed.ranges[name] for name in compressed.plan.activations})
     module.taps = behind_halves(compressed, taps)
     module.input_taps = input_taps(compressed.plan)
@@ -46,27 +46,33 @@ def build_compressed(compressed: CompressedModel) -> GraphModule:
     return module
 
 
+def bias_steps(compressed: CompressedModel, layer: Layer) -> torch.Tensor:
+    """What one integer of an int8 layer's bias stands for, in float32 as in the runtime: input times weight scale."""
+    scale, _ = affine_parameters(*compressed.ranges[layer.inputs[0]])
+    return torch.tensor(scale, dtype=torch.float32) * compressed.weight_scales[layer.name].float()
+
+
 def bias_integers(compressed: CompressedModel, layer: Layer) -> torch.Tensor | None:
     """The int32 bias that the runtime adds to an int8 layer's sums, as float32."""
     if len(layer.inputs) < 3 or not layer.inputs[2]:
         return None
     limit = 2.0**31 - 128  # the largest float32 below 2^31
-    return (compressed.weights[layer.inputs[2]].float() / bias_steps(compressed, layer)).round().clamp(-limit, limit)
+    bias = compressed.weights[layer.inputs[2]].float().reshape(-1)
+    return (bias / bias_steps(compressed, layer)).round().clamp(-limit, limit)
 
 
-def bias_steps(compressed: CompressedModel, layer: Layer) -> torch.Tensor:
-    """What one integer of an int8 layer's bias stands for, in float32 as in the runtime."""
-    scale, _ = affine_parameters(*compressed.ranges[layer.inputs[0]])
-    return torch.tensor(scale, dtype=torch.float32) * compressed.weight_scales[layer.name].float()
-
-
-def rounded_biases(compressed: CompressedModel) -> dict[str, torch.Tensor]:
-    """Biases of int8 layers as the runtime rounds them."""
-    made: dict[str, torch.Tensor] = {}
-    for layer in compressed.graph.compressible:
-        if compressed.plan.layers.get(layer.name, LayerPlan()).compute != "int8":
+def integer_biases(compressed: CompressedModel) -> dict[str, torch.Tensor]:
+    """The biases of int8 layers as the runtime adds them: 32-bit integers times input scale times weight scale."""
+    graph = compressed.graph
+    found: dict[str, torch.Tensor] = {}
+    for layer in graph.compressible:
+        plan = compressed.plan.layers.get(layer.name)
+        bias = layer.inputs[2] if len(layer.inputs) > 2 else ""
+        if plan is None or plan.compute != "int8" or not bias or len(graph.consumers[bias]) > 1:
             continue
-        integers = bias_integers(compressed, layer)
-        if integers is not None and layer.inputs[2] not in made:
-            made[layer.inputs[2]] = integers * bias_steps(compressed, layer)
-    return made
+        if layer.inputs[0] in compressed.plan.activations and layer.name in compressed.weight_scales:
+            integers = bias_integers(compressed, layer)
+            assert integers is not None
+            value = compressed.weights[bias]
+            found[bias] = (integers * bias_steps(compressed, layer)).to(value.dtype).reshape(value.shape)
+    return found

@@ -30,7 +30,7 @@ except ModuleNotFoundError as _error:
 WEIGHT_OPS = {"Convolution": "Conv", "FullyConnected": "Gemm", "MatMul": "MatMul"}
 """Operators with weights, by OpenVINO's names, and ONNX's for them in float; in integers they have others."""
 
-_INTEGER_OPS = {"Convolution": "ConvInteger", "FullyConnected": "MatMulInteger", "MatMul": "MatMulInteger"}
+_INTEGER_OPS = {"Convolution": "QLinearConv", "FullyConnected": "QLinearMatMul", "MatMul": "QLinearMatMul"}
 _CONVERSIONS = frozenset({"FakeQuantize", "Convert", "Reorder", "Transpose"})
 _FREE = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 _NO_KERNELS = frozenset({"Const", "Input", "Output"})

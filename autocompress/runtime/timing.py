@@ -202,10 +202,12 @@ def _runner(session: Session, batch: int) -> Callable[[], object]:
         shape = [batch if size is None else size for size in given.shape]
         if given.dtype == "float32":
             feed[given.name] = rng.random(shape, dtype=np.float32)
-        elif given.dtype in ("int64", "int32"):
+        elif given.dtype in ("int64", "int32", "bool"):
             feed[given.name] = np.ones(shape, given.dtype)
         else:
-            raise UsageError(f"cannot time input {given.name!r} of type {given.dtype}: it must be float32 or integer")
+            raise UsageError(
+                f"cannot time input {given.name!r} of type {given.dtype}: it must be float32, integer or bool"
+            )
     return lambda: session.run(feed)
 
 

@@ -100,7 +100,9 @@ def _measure(
         progress.stage("anchors", len(plans))
         for index, plan in enumerate(plans):
             path = Path(folder) / f"{index}.onnx"
-            sizes[str(index)] = write_onnx(evaluator.database.stitch(plan), path, {"autocompress.plan": plan.digest})
+            sizes[str(index)] = write_onnx(
+                evaluator.database.stitch(plan), path, {"autocompress.plan": plan.digest}, config.runtime
+            )
             files[str(index)] = path
             progress.advance()
         stats = measure_latency(

@@ -93,7 +93,7 @@ class Delivery:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         artifact = folder / "model.onnx"
-        size = write_onnx(compressed, artifact, {"autocompress.plan": compressed.plan.digest})
+        size = write_onnx(compressed, artifact, {"autocompress.plan": compressed.plan.digest}, self.target.runtime)
         runtime = runtime_here(self.target.runtime)
         report = runtime.executed_kernels(artifact, self.target.threads)
         problems = check_kernels(compressed, report)

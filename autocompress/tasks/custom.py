@@ -22,7 +22,7 @@ import copy
 import dataclasses
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,16 +75,27 @@ def custom_task(reference: str, data: Path | None = None, seed: int = 0) -> Task
     Raises:
         UsageError: something is missing or does not fit; the message says what.
     """
-    function = import_object(reference)
-    if not callable(function):
-        raise UsageError(f"task {reference!r} is a {type(function).__name__}, not a function that returns a task")
-    known = inspect.signature(function).parameters
+    function = task_function(reference)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        returned = function(**{key: value for key, value in {"data": data, "seed": seed}.items() if key in known})
+        returned = call_function(function, data, seed)
         if isinstance(returned, Task):
             return _checked(dataclasses.replace(returned, model=_own(returned.model)))
         return _checked(_assemble(reference, _fields(reference, returned), seed))
+
+
+def task_function(reference: str) -> Callable[..., object]:
+    """A user's ``module:function``; import it before any seed is set, for a first import may draw random numbers."""
+    function = import_object(reference)
+    if not callable(function):
+        raise UsageError(f"task {reference!r} is a {type(function).__name__}, not a function that returns a task")
+    return function  # type: ignore[no-any-return]
+
+
+def call_function(function: Callable[..., object], data: Path | None, seed: int) -> object:
+    """What a user's function returns, given those of ``data`` and ``seed`` that it takes."""
+    known = inspect.signature(function).parameters
+    return function(**{key: value for key, value in {"data": data, "seed": seed}.items() if key in known})
 
 
 def _own(model: nn.Module) -> nn.Module:
@@ -114,7 +125,7 @@ def _fields(reference: str, returned: object) -> dict[str, Any]:
 
 
 def _assemble(reference: str, fields: Mapping[str, Any], seed: int) -> Task:
-    metric = _metric(reference, fields.get("metric"), fields.get("score") is not None)
+    metric = metric_of(reference, fields.get("metric"), fields.get("score") is not None)
     factory = fields.get("factory")
     accepts = frozenset(inspect.signature(factory).parameters) & {"width", "depth"} if factory else frozenset()
     return Task(
@@ -130,7 +141,8 @@ def _assemble(reference: str, fields: Mapping[str, Any], seed: int) -> Task:
     )
 
 
-def _metric(reference: str, given: object, has_score: bool) -> Metric:
+def metric_of(reference: str, given: object, has_score: bool) -> Metric:
+    """The metric a user gave, or accuracy."""
     metric = Metric() if given is None else Metric(name=given, unit="") if isinstance(given, str) else given
     if metric == Metric(name="accuracy", unit=""):
         metric = Metric()

@@ -49,7 +49,7 @@ def lowered(graph: ModelGraph, plans: list[Mapping[str, LayerPlan]]) -> list[dic
 
 
 def executed(graph: ModelGraph, plan: Mapping[str, LayerPlan]) -> Counter[str]:
-    artifact = to_onnx(random_model(graph, plan, np.random.default_rng(0))).SerializeToString()
+    artifact = to_onnx(random_model(graph, plan, np.random.default_rng(0)), runtime="openvino").SerializeToString()
     described = [describe(node, BLOCK) for node in OpenvinoSession(artifact, 1, 1).nodes()]
     return Counter(found[0] for found in described if found is not None)
 
