@@ -95,14 +95,18 @@ def least_squares(sample: torch.Tensor, bits: int = 8) -> tuple[float, float]:
 
     for shrink in SHRINKS:
         consider(low * shrink, high * shrink)
-    if low < 0.0 < high:
+    before = float("inf")
+    while low < 0.0 < high and best < 0.99 * before:
+        before, (bottom, top) = best, chosen
         for change in END_STEPS:
-            consider(chosen[0] * change, chosen[1])
+            consider(bottom * change, top)
+        bottom, top = chosen
         for change in END_STEPS:
-            consider(chosen[0], chosen[1] * change)
+            consider(bottom, top * change)
     bottom, top = chosen
     for change in FINE_STEPS:
         consider(bottom * change, top * change)
+    bottom, top = chosen
     return chosen
 
 

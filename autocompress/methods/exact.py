@@ -55,8 +55,8 @@ def add_integers(first: Operand, second: Operand, output: tuple[float, int]) -> 
     steps = [torch.tensor(operand[1]) / scale for operand in (first, second)]
     exact = [step.double() for step in steps]
     fixed = (zero - (exact[0] * first[2] + (steps[1] * second[2]).double()).float()).float()
-    inner = (exact[1] * (second[0].double() + second[2]) + fixed.double()).float()
-    return (exact[0] * (first[0].double() + first[2]) + inner.double()).float().round_().sub_(zero)
+    inner = second[0].double().mul_(exact[1]).add_(exact[1] * second[2] + fixed.double()).float()
+    return first[0].double().mul_(exact[0]).add_(exact[0] * first[2]).add_(inner).float().round_().sub_(zero)
 
 
 def multiply_integers(first: Operand, second: Operand, output: tuple[float, int]) -> torch.Tensor:
@@ -145,7 +145,8 @@ class ExactModule(GraphModule):
         operator = OPERATORS[layer.op]
         made = self._integer.get(layer.name)
         if made is not None:
-            sums = operator(layer.attributes, integers[layer.inputs[0]], made.weight, made.bias).mul_(made.multiplier)
+            bias = () if made.bias is None else (made.bias,)
+            sums = operator(layer.attributes, integers[layer.inputs[0]], made.weight, *bias).mul_(made.multiplier)
             if made.output:
                 integers[made.output] = self._saturated(made.output, sums.round_())
             else:

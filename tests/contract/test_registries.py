@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from autocompress.methods.registry import METHODS, SUMMARIES
+from autocompress.methods.registry import METHODS, RANGE_METHODS, SUMMARIES
 from autocompress.registry import Registry
 from autocompress.tasks.registry import DEFAULT_MODELS, FALLBACK_MODEL, MODELS, TASKS
 
-ENTRIES = [(registry, name) for registry in (METHODS, TASKS, MODELS) for name in registry]
+ENTRIES = [(registry, name) for registry in (METHODS, RANGE_METHODS, TASKS, MODELS) for name in registry]
 
 
 @pytest.mark.parametrize(("registry", "name"), ENTRIES, ids=[f"{r.kind}-{n}" for r, n in ENTRIES])
