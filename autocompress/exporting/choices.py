@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from autocompress.errors import UsageError, nearest_names
 from autocompress.exporting.options import ExportOptions
-from autocompress.methods.post_training import stays_float
+from autocompress.methods.post_training import stays_float, suited
 from autocompress.patterns import match_layers
 from autocompress.plan import CompressionPlan, Layer, LayerPlan, ModelGraph
 
@@ -53,6 +53,8 @@ def choose(graph: ModelGraph, options: ExportOptions) -> Chosen:
             f"{first!r}: {reason}; where only some layers are meant, say --compute fp32 --layer "
             f"'PATTERN={wanted.compute}'"
         )
+    layers |= suited(graph, {name: form for name, form in layers.items() if form != LayerPlan()})
+    names = [layer.name for layer in graph.stored]
     if options.plan is not None:
         for name, given in _read_layers(options.plan, names).items():
             _require(graph, name, given, f"--plan {str(options.plan)!r}")

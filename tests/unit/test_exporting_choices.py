@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from autocompress.errors import UsageError
+from autocompress.exporting import options
 from autocompress.exporting.choices import choose
 from autocompress.exporting.options import ExportOptions, LayerRule
 from autocompress.plan import FLOAT16, CompressionPlan, LayerPlan, ModelGraph, NumFormat
@@ -15,6 +16,12 @@ from tests.graphs import GraphMaker
 
 INT8 = LayerPlan(compute="int8", storage=NumFormat(bits=8))
 INT4 = LayerPlan(compute="int8", storage=NumFormat(bits=4))
+
+
+@pytest.fixture(autouse=True)
+def processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that adds products of 8 bits exactly, wherever the tests run."""
+    monkeypatch.setattr(options, "needs_reduced_range", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +36,15 @@ def graph() -> ModelGraph:
 
 def layers(graph: ModelGraph, **options: Any) -> dict[str, LayerPlan]:
     return choose(graph, ExportOptions(**options)).plan.layers
+
+
+def test_weights_keep_to_seven_bits_where_the_processor_would_saturate(
+    graph: ModelGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "needs_reduced_range", lambda: True)
+    assert layers(graph)["stem"] == LayerPlan(compute="int8", storage=NumFormat(bits=7))
+    assert layers(graph, weight_bits=8)["stem"] == INT8
+    assert layers(graph, compute="fp32", weight_bits=8)["stem"] == LayerPlan(storage=NumFormat(bits=8))
 
 
 def test_every_layer_that_can_is_int8_and_the_rest_says_why(graph: ModelGraph) -> None:
