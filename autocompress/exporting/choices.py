@@ -54,7 +54,7 @@ def choose(graph: ModelGraph, options: ExportOptions) -> Chosen:
             f"'PATTERN={wanted.compute}'"
         )
     layers |= suited(graph, {name: form for name, form in layers.items() if form != LayerPlan()})
-    names = [layer.name for layer in graph.stored]
+    computing, names = names, [layer.name for layer in graph.stored]
     if options.plan is not None:
         for name, given in _read_layers(options.plan, names).items():
             _require(graph, name, given, f"--plan {str(options.plan)!r}")
@@ -62,7 +62,9 @@ def choose(graph: ModelGraph, options: ExportOptions) -> Chosen:
             reasons.pop(name, None)
     for rule in options.rules:
         origin = f"--layer '{rule.pattern}={rule.compute}'"
-        for name in sorted(match_layers([rule.pattern], names, origin)):
+        # Tables of rows compute nothing: a glob over layers does not mean them, unless it is about storage.
+        meant = names if rule.compute == "fp32" or rule.pattern in names else computing
+        for name in sorted(match_layers([rule.pattern], meant, origin)):
             layers[name] = rule.layer_plan(options.block)
             _require(graph, name, layers[name], origin)
             reasons.pop(name, None)
