@@ -14,7 +14,7 @@ export PIP_PROGRESS_BAR := off
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHECKED := autocompress tests $(wildcard benchmarks)
 
-.PHONY: help install install-test quickstart test lint types contracts format bench-digits bench-fashion bench-budget bench-resume bench-latency clean
+.PHONY: help install install-test quickstart test lint types contracts format bench-digits bench-fashion bench-budget bench-resume bench-latency bench-export-cost clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | column -t -s "$$(printf '\t')"
@@ -78,6 +78,9 @@ bench-resume: install  ## ten SIGKILLs at random moments, resumed each time
 
 bench-latency: install  ## the latency model against plans it has never seen, at one and two threads, about 25 minutes
 	$(BIN)/python -m benchmarks.latency
+
+bench-export-cost: install  ## what reading a model and writing a plan's file take, about a minute
+	$(BIN)/python -m benchmarks.export_cost
 
 clean:  ## remove the environment, caches and the quickstart's results
 	rm -rf $(VENV) $(QUICKSTART) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

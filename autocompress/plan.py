@@ -139,6 +139,16 @@ class ModelGraph(Value):
         """The layers with a weight matrix that a plan may give a format: Conv, Gemm and MatMul by a constant."""
         return tuple(layer for layer in self.layers if is_weight_layer(layer))
 
+    @cached_property
+    def stored(self) -> tuple[Layer, ...]:
+        """The layers whose weights a plan may store in a format: the compressible ones, and tables of rows."""
+        tables = {layer.name for layer in self.layers if is_embedding(layer) and self._is_table(layer.inputs[0])}
+        return tuple(layer for layer in self.layers if is_weight_layer(layer) or layer.name in tables)
+
+    def _is_table(self, weight: str) -> bool:
+        tensor = self.tensors[weight]
+        return len(tensor.shape) == 2 and tensor.dtype.startswith("float")
+
     def macs(self) -> int:
         """Multiply-accumulates of one sample."""
         return sum(layer_macs(self, layer) for layer in self.layers)
@@ -161,6 +171,17 @@ def is_weight_layer(layer: Layer) -> bool:
     if layer.op in ("Conv", "Gemm", "MatMul") and len(layer.inputs) > 1:
         return layer.inputs[1] in layer.weights
     return False
+
+
+def is_embedding(layer: Layer) -> bool:
+    """Whether the layer reads rows of a stored tensor, by numbers that are computed or given."""
+    reads = layer.op == "Gather" and bool(layer.inputs) and layer.inputs[0] in layer.weights
+    return reads and bool(layer.activations) and not layer.attributes.get("axis")
+
+
+def weight_of(layer: Layer) -> str:
+    """The name of what ``ModelGraph.stored`` layers store."""
+    return layer.inputs[0] if layer.op == "Gather" else layer.inputs[1]
 
 
 def layer_macs(graph: ModelGraph, layer: Layer) -> int:

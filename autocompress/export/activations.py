@@ -129,6 +129,10 @@ class Activations:
             inputs.append(self.out.constant(np.array(zero, np.uint8)))
         return self.out.node("DequantizeLinear", [self.out.node("Pad", inputs), *self._scale_inputs(tensor)])
 
+    def floats(self) -> dict[str, str]:
+        """The names of tensors that exist as float32."""
+        return dict(self._floats)
+
     def as_float_per_axis(self, tensor: str) -> str:
         """The tensor as float32 through equal scales along an axis."""
         if tensor not in self._per_axis:

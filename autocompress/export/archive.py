@@ -103,7 +103,7 @@ def pack(onnx_path: Path | str, acz_path: Path | str) -> ArchiveStats:
         coder, packed = _smallest(content)
         streams.append(_Stream(coder=coder, size=len(content), packed=len(packed)))
         payload.append(packed)
-    header = _Header(size=len(data), sha256=hashlib.sha256(data).hexdigest(), streams=tuple(streams))  # type: ignore[arg-type]
+    header = _Header(size=len(data), sha256=hashlib.sha256(data).hexdigest(), streams=tuple(streams))
     text = header.model_dump_json().encode()
     archive = b"".join([MAGIC, bytes([VERSION]), struct.pack("<I", len(text)), text, *payload])
     write_atomic(Path(acz_path), archive)

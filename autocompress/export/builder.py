@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import string
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ class GraphBuilder:
 
     Attributes:
         nodes: in execution order.
-        initializers: the stored tensors.
+        model: the model, which has the stored tensors already; they are not copied again.
         opset: the version of ONNX's operators that they need.
         domains: other domains whose operators are among them.
     """
@@ -51,7 +52,7 @@ class GraphBuilder:
         self.opset = OPSET
         self.domains: set[str] = set()
         self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[onnx.TensorProto] = []
+        self.model = onnx.ModelProto()
         self._names = short_names(taken)
         self._known: dict[tuple[int, tuple[int, ...], bytes], str] = {}
 
@@ -97,10 +98,9 @@ class GraphBuilder:
                 self.opset = OPSET_2_BITS
         else:
             kind, raw = int(helper.np_dtype_to_tensor_dtype(values.dtype)), np.ascontiguousarray(values).tobytes()
-        key = (kind, values.shape, raw)
+        # A digest, so that the bytes of a large model are not kept twice.
+        key = (kind, values.shape, raw if len(raw) <= 32 else hashlib.sha256(raw).digest())
         if key not in self._known:
             self._known[key] = self.name()
-            self.initializers.append(
-                TensorProto(name=self._known[key], data_type=kind, dims=values.shape, raw_data=raw)
-            )
+            self.model.graph.initializer.add(name=self._known[key], data_type=kind, dims=values.shape, raw_data=raw)
         return self._known[key]

@@ -32,7 +32,7 @@ from autocompress.export.integers import (
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.formats import is_integer
 from autocompress.methods.quantization import weight_axis
-from autocompress.plan import CompressionPlan, Layer, LayerPlan, ModelGraph, NumFormat, Value
+from autocompress.plan import CompressionPlan, Layer, LayerPlan, ModelGraph, NumFormat, Value, weight_of
 
 SCHEMA = 1
 TENSORS = "model.safetensors"
@@ -121,10 +121,10 @@ def read_plan(path: Path | str) -> tuple[ModelGraph, CompressionPlan]:
 def _formats(graph: ModelGraph, plan: CompressionPlan) -> dict[str, tuple[Layer, LayerPlan]]:
     """For each weight not stored as float32, the (first) layer that says how."""
     found: dict[str, tuple[Layer, LayerPlan]] = {}
-    for layer in graph.compressible:
+    for layer in graph.stored:
         layer_plan = plan.layers.get(layer.name)
         if layer_plan is not None and (is_integer(layer_plan.storage) or layer_plan.storage.bits == 16):
-            found.setdefault(layer.inputs[1], (layer, layer_plan))
+            found.setdefault(weight_of(layer), (layer, layer_plan))
     return found
 
 

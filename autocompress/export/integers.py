@@ -8,7 +8,7 @@ from autocompress.errors import UsageError
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.formats import is_integer
 from autocompress.methods.quantization import weight_axis
-from autocompress.plan import Layer, LayerPlan, NumFormat
+from autocompress.plan import Layer, LayerPlan, NumFormat, weight_of
 
 
 def weight_integers(compressed: CompressedModel, layer: Layer, plan: LayerPlan) -> tuple[np.ndarray, np.ndarray]:
@@ -25,7 +25,7 @@ def weight_integers(compressed: CompressedModel, layer: Layer, plan: LayerPlan) 
         raise UsageError(f"layer {layer.name!r} stores {storage.scheme} of {storage.bits} bits: no integers")
     if layer.name not in compressed.weight_scales:
         raise UsageError(f"layer {layer.name!r} stores {storage.bits}-bit weights, but has no scales for them")
-    weight = compressed.weights[layer.inputs[1]].detach().cpu().numpy()
+    weight = compressed.weights[weight_of(layer)].detach().cpu().numpy()
     scale = compressed.weight_scales[layer.name].detach().cpu().numpy().astype(np.float32)
     half = 128 if storage.scheme == "codebook" else 2 ** (storage.bits - 1)
     integers = np.clip(np.rint(weight / grid_scale(layer, weight, scale, storage)), -half, half - 1)

@@ -19,6 +19,7 @@ What decides the form, each found by reading ONNX Runtime's optimized graph:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from onnx import helper
 
 from autocompress.export.activations import INTEGER_KERNELS, Activations
 from autocompress.export.builder import IR_VERSIONS, RUNTIME_DOMAIN, GraphBuilder
+from autocompress.export.external import LIMIT, data_path, weight_bytes, write_external
 from autocompress.export.files import write_atomic
 from autocompress.export.weights import WeightLayers
 from autocompress.methods.compressed import CompressedModel
@@ -45,7 +47,31 @@ def to_onnx(
         runtime: what will run it.  All compute the same of any file; forms that only make ONNX Runtime faster are left
             out for others.
     """
-    return _Exporter(compressed, runtime == DEFAULT_RUNTIME).model(metadata or {})
+    model = _Exporter(compressed, runtime == DEFAULT_RUNTIME).model(metadata or {})
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the tensors of a model are called in its file, whose own names are short.
+
+    Attributes:
+        integers: for each tensor held in 8 bits, its name, scale and zero point.
+        floats: for each other tensor that is computed as floats, its name.
+    """
+
+    integers: Mapping[str, tuple[str, float, int]]
+    floats: Mapping[str, str]
+
+
+def to_onnx_named(compressed: CompressedModel) -> tuple[onnx.ModelProto, Names]:
+    """:func:`to_onnx` unchecked, and what it calls the model's tensors."""
+    exporter = _Exporter(compressed, True)
+    model = exporter.model({})
+    held = exporter.activations
+    integers = {tensor: (name, *held.scales[tensor]) for tensor, name in held.integers.items()}
+    return model, Names(integers, {t: name for t, name in held.floats().items() if t not in integers})
 
 
 def write_onnx(
@@ -53,10 +79,25 @@ def write_onnx(
     path: Path | str,
     metadata: Mapping[str, str] | None = None,
     runtime: str = DEFAULT_RUNTIME,
+    external_above: int = LIMIT,
 ) -> int:
-    """Writes :func:`to_onnx` to ``path`` in one step (a reader never sees half a file) and returns its bytes."""
-    data = to_onnx(compressed, metadata, runtime).SerializeToString(deterministic=True)
-    write_atomic(Path(path), data)
+    """Writes :func:`to_onnx` to ``path`` in one step (a reader never sees half a file) and returns its bytes.
+
+    Args:
+        compressed: what a plan made of a model.
+        path: of the file.
+        metadata: as of :func:`to_onnx`.
+        runtime: likewise.
+        external_above: a model with more bytes of weights keeps them beside it, in ``<name>.data``, and both count.
+    """
+    target = Path(path)
+    model = _Exporter(compressed, runtime == DEFAULT_RUNTIME).model(metadata or {})
+    if weight_bytes(model) > external_above:
+        return write_external(model, target)
+    onnx.checker.check_model(model, full_check=True)
+    data = model.SerializeToString(deterministic=True)
+    write_atomic(target, data)
+    data_path(target).unlink(missing_ok=True)
     return len(data)
 
 
@@ -74,17 +115,18 @@ class _Exporter:
             self.activations.produced(name, name)
         for layer in self.graph.layers:
             self._add(layer)
-        graph = onnx.GraphProto(name="g")
+        made = self.out.model
+        graph = made.graph
+        graph.name = "g"
         graph.node.extend(self.out.nodes)
-        graph.initializer.extend(self.out.initializers)
         graph.input.extend(_value_info(self.graph.tensors[name]) for name in self.graph.inputs)
         graph.output.extend(_value_info(self.graph.tensors[name]) for name in self.graph.outputs)
         versions = [helper.make_opsetid("", self.out.opset)]
         versions += [helper.make_opsetid(domain, 1) for domain in sorted(self.out.domains)]
-        made = onnx.ModelProto(ir_version=IR_VERSIONS[self.out.opset], graph=graph, opset_import=versions)
+        made.ir_version = IR_VERSIONS[self.out.opset]
+        made.opset_import.extend(versions)
         for key, value in metadata.items():
             made.metadata_props.add(key=key, value=value)
-        onnx.checker.check_model(made, full_check=True)
         return made
 
     def _add(self, layer: Layer) -> None:
@@ -102,8 +144,8 @@ class _Exporter:
         if self._runs_in_int8(layer):
             self.activations.born_int8.add(self.activations.behind_clip(layer))
         names = [self._output_name(o) for o in layer.outputs]
-        if is_weight_layer(layer):
-            self.weights.write(layer, names[0], self.node_names[layer.name])
+        if self.weights.writes(layer):
+            self.weights.write(layer, names[0], self.node_names.get(layer.name, ""))
         else:
             if layer.op == "MaxPool" and source in self.activations.integers:
                 inputs = [self.activations.as_float_per_axis(source)]

@@ -22,7 +22,7 @@ from autocompress.export.integers import codebook, pack_planes, weight_integers
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.formats import is_integer
 from autocompress.methods.quantization import weight_axis
-from autocompress.plan import Layer, LayerPlan, NumFormat
+from autocompress.plan import Layer, LayerPlan, NumFormat, weight_of
 
 CAST_BYTES = 28
 """What a Cast of an initializer adds to a file."""
@@ -100,9 +100,9 @@ class StoredWeights:
         self._made: dict[str, str] = {}
         self._numbers: dict[str, str] = {}
         waiting: dict[str, tuple[_Packed, float]] = {}
-        for layer in compressed.graph.compressible:
+        for layer in compressed.graph.stored:
             plan = compressed.plan.layers.get(layer.name, LayerPlan())
-            saved = _saved_by_planes(plan.storage, compressed.weights[layer.inputs[1]].numel(), self._channels(layer))
+            saved = _saved_by_planes(plan.storage, compressed.weights[weight_of(layer)].numel(), self._channels(layer))
             if saved > 0 and self._key(layer) not in waiting:
                 waiting[self._key(layer)] = (self._packed(layer, plan), saved)
         if sum(saved for _, saved in waiting.values()) > BLOB_BYTES:
@@ -121,10 +121,10 @@ class StoredWeights:
 
     def _key(self, layer: Layer) -> str:
         storage = self.compressed.plan.layers.get(layer.name, LayerPlan()).storage
-        return f"{layer.inputs[1]} {storage.model_dump_json()} {layer.name in self.transposed}"
+        return f"{weight_of(layer)} {storage.model_dump_json()} {layer.name in self.transposed}"
 
     def _channels(self, layer: Layer) -> int:
-        return int(self.compressed.weights[layer.inputs[1]].shape[weight_axis(layer)])
+        return int(self.compressed.weights[weight_of(layer)].shape[weight_axis(layer)])
 
     def _array(self, layer: Layer, plan: LayerPlan) -> tuple[np.ndarray, int]:
         """A layer's integers as they are wanted, and the axis of output channels in them."""

@@ -19,7 +19,7 @@ from autocompress.export.storage import StoredWeights
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.formats import BLOCK, check_layer, is_integer
 from autocompress.methods.quantization import weight_axis
-from autocompress.plan import Compute, Layer, LayerPlan
+from autocompress.plan import Compute, Layer, LayerPlan, is_weight_layer, weight_of
 
 WORD = 4
 """Bytes that integer kernels read together."""
@@ -42,7 +42,7 @@ class WeightLayers:
         self.compressed = compressed
         self.activations = activations
         self.out = out
-        for layer in compressed.graph.compressible:
+        for layer in compressed.graph.stored:
             check_layer(layer, self.plan(layer))
         self._dynamic: dict[str, list[str]] = {}
         self._stored = StoredWeights(compressed, out, self._transposed())
@@ -68,7 +68,14 @@ class WeightLayers:
             output: the name of what it computes.
             name: of the node that computes it, by which it is found again in the runtime's graph.
         """
-        _WRITERS[self.plan(layer).compute](self, layer, output, name)
+        if layer.op == "Gather":
+            self._embedding(layer, output)
+        else:
+            _WRITERS[self.plan(layer).compute](self, layer, output, name)
+
+    def writes(self, layer: Layer) -> bool:
+        """Whether ``write`` is what adds the layer: it has weights in a format of the plan's choice."""
+        return is_weight_layer(layer) or (layer.op == "Gather" and layer.name in self.compressed.plan.layers)
 
     # ---------------------------------------------------------------------------------------- one a compute type
 
@@ -149,6 +156,17 @@ class WeightLayers:
         attributes = {"K": columns, "N": rows, "bits": bits, "block_size": block, "accuracy_level": 4}
         self.out.layer("MatMulNBits", inputs, [output], attributes, name, RUNTIME_DOMAIN)
 
+    def _embedding(self, layer: Layer, output: str) -> None:
+        """Rows of a table of integers, each column with a scale: only the rows that are read become floats."""
+        ids = self._input(layer, layer.inputs[1])
+        if self.plan(layer).storage.scheme == "float":
+            self.out.layer("Gather", [self._float_weight(layer), ids], [output], layer.attributes)
+            return
+        rows = self.out.node("Gather", [self._stored.integers(layer), ids])
+        axis = len(self.compressed.graph.tensors[layer.outputs[0]].shape)
+        inputs = [rows, self.out.constant(self._scale(layer))]
+        self.out.layer("DequantizeLinear", inputs, [output], {} if axis == 1 else {"axis": axis})
+
     # ------------------------------------------------------------------------------------------------ the parts
 
     def stored(self, weight: str) -> str:
@@ -180,14 +198,14 @@ class WeightLayers:
         if not is_integer(storage):
             if storage.bits == 16:
                 return self.out.node("Cast", [self._halves(layer)], to=int(TensorProto.FLOAT))
-            return self.stored(layer.inputs[1])
+            return self.stored(weight_of(layer))
         integers, scale = weight_integers(self.compressed, layer, self.plan(layer))
         cast = self.out.node("Cast", [self._stored.integers(layer)], to=int(TensorProto.FLOAT))
         return self.out.node("Mul", [cast, self.out.constant(grid_scale(layer, integers, scale, storage))])
 
     def _halves(self, layer: Layer) -> str:
         """Weights as 16-bit floats."""
-        weight = self.compressed.weights[layer.inputs[1]].detach().cpu().numpy()
+        weight = self.compressed.weights[weight_of(layer)].detach().cpu().numpy()
         half = weight.astype(np.float16)
         if not np.array_equal(half.astype(np.float32), weight):
             raise UsageError(f"layer {layer.name!r} stores 16-bit floats, but its weights are none; round them first")

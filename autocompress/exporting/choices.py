@@ -11,9 +11,12 @@ from pydantic import ValidationError
 
 from autocompress.errors import UsageError, nearest_names
 from autocompress.exporting.options import ExportOptions
-from autocompress.methods.post_training import stays_float
+from autocompress.methods.post_training import stays_float, suited
 from autocompress.patterns import match_layers
 from autocompress.plan import CompressionPlan, Layer, LayerPlan, ModelGraph
+
+MOST_LEFT = 0.5
+"""Share of the weights that may stay in float before a request for the whole model is refused."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,17 @@ def choose(graph: ModelGraph, options: ExportOptions) -> Chosen:
         layers[layer.name] = LayerPlan() if reason else wanted
         if reason:
             reasons[layer.name] = reason
-    if len(reasons) == len(names):
-        raise UsageError(f"--compute {wanted.compute}: no layer of the model can be: {next(iter(reasons.values()))}")
+    left = sum(graph.tensors[graph.by_name[name].inputs[1]].elements for name in reasons)
+    total = sum(graph.tensors[layer.inputs[1]].elements for layer in graph.compressible)
+    if left > MOST_LEFT * total:
+        first, reason = next(iter(reasons.items()))
+        raise UsageError(
+            f"--compute {wanted.compute}: {left / total:.0%} of the weights lie in layers that cannot be, such as "
+            f"{first!r}: {reason}; where only some layers are meant, say --compute fp32 --layer "
+            f"'PATTERN={wanted.compute}'"
+        )
+    layers |= suited(graph, {name: form for name, form in layers.items() if form != LayerPlan()})
+    names = [layer.name for layer in graph.stored]
     if options.plan is not None:
         for name, given in _read_layers(options.plan, names).items():
             _require(graph, name, given, f"--plan {str(options.plan)!r}")

@@ -11,6 +11,7 @@ import torch
 
 from autocompress.environment import environment_facts
 from autocompress.errors import ArtifactError
+from autocompress.export.archive import pack
 from autocompress.export.checkpoint import save_checkpoint
 from autocompress.export.files import write_atomic
 from autocompress.export.metadata import ArtifactMetrics, Provenance, Score, describe, stamp
@@ -20,6 +21,7 @@ from autocompress.exporting.comparing import as_model, as_simulation, batch_size
 from autocompress.exporting.folder import building
 from autocompress.exporting.handle import ExportedModel
 from autocompress.exporting.metrics import (
+    ARCHIVE,
     ARTIFACT,
     METRICS,
     ORIGINAL,
@@ -89,6 +91,7 @@ def export_subject(subject: Subject, options: ExportOptions, out: Path | None, p
         export_bytes = stamp(
             folder.path / ARTIFACT, _stamped(subject, compressed, quality, simulation, timed, report, options.threads)
         )
+        archived = pack(folder.path / ARTIFACT, folder.path / ARCHIVE).archive_bytes if options.archive else None
         metrics = ExportMetrics(
             version=1,
             name=subject.name,
@@ -100,7 +103,7 @@ def export_subject(subject: Subject, options: ExportOptions, out: Path | None, p
             simulation=simulation,
             latency_ms=Timings(original=_timing(timed["original"]), export=_timing(timed["export"])),
             threads=options.threads,
-            size_bytes=Sizes(original=original_bytes, export=export_bytes),
+            size_bytes=Sizes(original=original_bytes, export=export_bytes, archive=archived),
             kernels=dict(report.counts),
             layers=_counted(compressed),
             float_layers=chosen.reasons,
@@ -134,7 +137,7 @@ def checked_kernels(compressed: CompressedModel, artifact: Path, threads: int) -
     report = load_runtime(DEFAULT_RUNTIME).executed_kernels(artifact, threads)
     problems = check_kernels(compressed, report)
     if problems:
-        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        shown = problems[0] + (f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else "")
         raise ArtifactError(
             f"the runtime does not execute the file as planned, so nothing is written: {shown}; leave such a layer in "
             "float with --freeze, or name another type for it with --layer"

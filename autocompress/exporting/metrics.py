@@ -16,6 +16,7 @@ SCHEMA = 1
 METRICS = "metrics.json"
 ARTIFACT = "model.onnx"
 ORIGINAL = "original.onnx"
+ARCHIVE = "model.acz"
 
 
 class Origin(Value):

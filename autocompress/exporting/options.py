@@ -8,6 +8,7 @@ from typing import Literal
 
 from autocompress.errors import UsageError, unknown_name
 from autocompress.plan import FLOAT16, FLOAT32, Compute, LayerPlan, NumFormat
+from autocompress.runtime.cpu import needs_reduced_range
 
 COMPUTES: tuple[Compute, ...] = ("int8", "fp32", "fp16", "int8_dynamic", "weight_only")
 """What a layer can be asked to compute in."""
@@ -19,7 +20,10 @@ WEIGHT_BITS: dict[Compute, tuple[int, ...]] = {
     "int8_dynamic": (2, 3, 4, 5, 6, 7, 8),
     "weight_only": (2, 4, 8),
 }
-"""The bits a weight can be stored in under each type; the last is the default, from 16 on they are floating point."""
+"""The bits a weight can be stored in under each type; the last is the default, from 16 on they are floating point.
+
+Under static and dynamic int8 the default is 7 where this machine's processor would saturate products of 8.
+"""
 
 BLOCKS = (32, 64, 128)
 """Weights that share a scale under ``weight_only``."""
@@ -119,8 +123,15 @@ class ExportOptions:
 
     @property
     def label(self) -> str:
-        """What the export is, in a word."""
-        return "plan" if self.plan is not None else self.base.compute
+        """What the export is, in a word.
+
+        >>> ExportOptions().label, ExportOptions(weight_bits=4).label
+        ('int8', 'int8-w4')
+        """
+        if self.plan is not None:
+            return "plan"
+        base = self.base
+        return base.compute if base.bits == WEIGHT_BITS[base.compute][-1] else f"{base.compute}-w{base.bits}"
 
     @property
     def rules(self) -> tuple[LayerRule, ...]:
@@ -148,7 +159,7 @@ def _compute(given: str, origin: str) -> Compute:
 def _bits(compute: Compute, given: int | None, origin: str) -> int:
     allowed = WEIGHT_BITS[compute]
     if given is None:
-        return allowed[-1]
+        return 7 if compute in ("int8", "int8_dynamic") and needs_reduced_range() else allowed[-1]
     if given not in allowed:
         listed = ", ".join(map(str, allowed))
         raise UsageError(f"{origin}: weights of {given} bits under {compute}; it takes {listed}")

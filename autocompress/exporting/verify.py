@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import torch
 
 from autocompress.environment import environment_facts
 from autocompress.errors import AutocompressError
+from autocompress.export.archive import unpack
 from autocompress.export.checkpoint import load_compressed
 from autocompress.export.metadata import read_metadata
 from autocompress.exporting.comparing import as_model, as_simulation, batch_size, compare, mean_score
-from autocompress.exporting.metrics import ARTIFACT, ORIGINAL, Comparison, ExportMetrics, read_metrics
+from autocompress.exporting.metrics import ARCHIVE, ARTIFACT, ORIGINAL, Comparison, ExportMetrics, read_metrics
 from autocompress.exporting.samples import Samples
 from autocompress.exporting.subject import Subject, load_subject
 from autocompress.methods.compressed import CompressedModel
@@ -53,6 +55,8 @@ def verify_export(folder: Path, progress: Progress) -> list[Check]:
         return checks
     progress.advance()
     checks.append(_size(folder, metrics))
+    if metrics.size_bytes.archive is not None:
+        checks.append(_archive(folder))
     try:
         compressed = load_compressed(folder)
     except AutocompressError as error:
@@ -86,7 +90,8 @@ def verify_file(path: Path, progress: Progress) -> list[Check]:
         return [session]
     checks = [Check("file", True, f"valid ONNX, {path.stat().st_size} bytes, opens in a plain session")]
     report = load_runtime(DEFAULT_RUNTIME).executed_kernels(path)
-    layers = f"{report.int8_weight_layers} layers with weights in integers, {report.fp32_weight_layers} in float"
+    few = f", {report.weight_only_layers} from few-bit weights" if report.weight_only_layers else ""
+    layers = f"{report.int8_weight_layers} layers with weights in integers{few}, {report.fp32_weight_layers} in float"
     checks.append(Check("kernels", True, f"{_counts(report.counts)}; {layers}"))
     progress.advance()
     checks += _described(path)
@@ -152,6 +157,17 @@ def _metadata(folder: Path, compressed: CompressedModel) -> Check:
         return Check("metadata", False, str(error))
     same = found is not None and found.digest == compressed.plan.digest
     return Check("metadata", same, f"the file carries {'the plan' if same else 'another plan'} of plan.json")
+
+
+def _archive(folder: Path) -> Check:
+    """Whether the archive still gives the file, bit for bit."""
+    with tempfile.TemporaryDirectory(prefix="autocompress-") as place:
+        try:
+            unpack(folder / ARCHIVE, Path(place) / ARTIFACT)
+        except AutocompressError as error:
+            return Check("archive", False, str(error))
+        same = (Path(place) / ARTIFACT).read_bytes() == (folder / ARTIFACT).read_bytes()
+    return Check("archive", same, f"unpacks to {'the file' if same else 'another file'}")
 
 
 def _kernels(compressed: CompressedModel, report: KernelReport, metrics: ExportMetrics) -> Check:

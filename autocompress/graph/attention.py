@@ -48,14 +48,3 @@ def joined_transposes(layers: Sequence[Layer], shapes: Mapping[str, Shape], outp
         )
     found = [replaced.get(layer.name, layer) for layer in layers]
     return [layer for layer in found if layer is not None]
-
-
-def without_dead(layers: Sequence[Layer], outputs: Sequence[str]) -> list[Layer]:
-    """Leaves out layers whose results nothing reads."""
-    needed = set(outputs)
-    kept: list[Layer] = []
-    for layer in reversed(layers):
-        if needed & set(layer.outputs):
-            kept.append(layer)
-            needed.update(layer.inputs)
-    return kept[::-1]

@@ -11,7 +11,7 @@ from torch import nn
 
 from autocompress.graph.exporting import Exported
 from autocompress.graph.shapes import BATCH
-from autocompress.plan import Attribute, Layer, is_weight_layer
+from autocompress.plan import Attribute, Layer, is_embedding, is_weight_layer, weight_of
 
 Shape = tuple[int, ...]
 
@@ -312,8 +312,8 @@ def name_layers(layers: list[Layer]) -> list[Layer]:
     seen: dict[str, str] = {}
     result: list[Layer] = []
     for layer in layers:
-        if is_weight_layer(layer):
-            weight = layer.inputs[1]
+        if is_weight_layer(layer) or (is_embedding(layer) and layer.inputs[0].endswith(".weight")):
+            weight = weight_of(layer)
             path = weight.removesuffix(".weight") if weight.endswith(".weight") else None
             name = path or layer.name
             if weight in seen:

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from autocompress.errors import UsageError
-from autocompress.graph.attention import joined_transposes, without_dead
+from autocompress.graph.attention import joined_transposes
 from autocompress.graph.executor import GraphModule
 from autocompress.graph.exporting import Exported, export
+from autocompress.graph.folding import folded, without_dead
 from autocompress.graph.groups import find_groups
 from autocompress.graph.normalise import name_layers, name_weights, normalise
 from autocompress.graph.shapes import trace, trace_shapes
@@ -41,6 +42,7 @@ def read_model(
     raw = _untraced(exported, exported.layers, weights)
     shapes = {name: shape for name, (shape, _) in trace(raw, weights, example_inputs).items()}
     layers = joined_transposes(normalise(exported, weights, shapes), shapes, exported.outputs)
+    layers = folded(layers, weights, exported.outputs)
     layers = name_layers(without_dead(layers, exported.outputs))
     used = {name for layer in layers for name in layer.weights}
     weights = {name: value for name, value in weights.items() if name in used}

@@ -100,6 +100,7 @@ def measure_plans(
     Returns:
         The observations in the order given.
     """
+    from autocompress.export.metadata import describe
     from autocompress.export.onnx import write_onnx
     from autocompress.hardware.profiling import profile_kernels
     from autocompress.runtime.timing import measure_latency
@@ -114,7 +115,7 @@ def measure_plans(
             compressed = with_ranges(small, plan, {**random_weights(small, rng), **fixed}, rng)
             name = str(index)
             paths[name] = Path(folder) / f"{name}.onnx"
-            sizes[name] = write_onnx(compressed, paths[name], runtime=runtime)
+            sizes[name] = write_onnx(compressed, paths[name], describe(compressed.plan), runtime)
         measured = measure_latency(
             paths, threads=threads, batch=batch, seconds_each=seconds_each, progress=progress, runtime=runtime
         )

@@ -29,7 +29,7 @@ from autocompress.hardware.kernels import (
     cold_megabytes,
     cost_us,
 )  # fmt: skip
-from autocompress.hardware.lowering import Lowering
+from autocompress.hardware.lowering import Lowering, products_of
 from autocompress.hardware.placement import Emit
 from autocompress.hardware.profile import FittedProfile, KernelCost
 from autocompress.hardware.profilers import noise_of
@@ -172,7 +172,10 @@ class FittedSkeleton(Skeleton):
         int8 = {name: is_int8[:, column] for column, name in enumerate(self.layer_names)}
         held = quantized_tensors(self.graph, self._steps, int8, count)
         block, batch = self.profile.nchwc_block, self.profile.batch
-        self.lowering(self.graph, self._steps, dims, int8, held, count, block, batch, emit).run()
+        maker = self.lowering(self.graph, self._steps, dims, int8, held, count, block, batch, emit)
+        if isinstance(maker, Lowering):
+            maker.products = products_of(self.layer_names, self._formats, formats)
+        maker.run()
         return dims, int8, held
 
     def _terms(self, keeps: np.ndarray, formats: np.ndarray, record: Record | None = None) -> Terms:

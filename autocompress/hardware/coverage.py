@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from autocompress.hardware.kernels import Work, cost_size
-from autocompress.hardware.lowering import Lowering
+from autocompress.hardware.lowering import Lowering, products_of
 from autocompress.hardware.steps import Mask, make_steps, quantized_tensors
 from autocompress.plan import LayerPlan, ModelGraph
 
@@ -39,7 +39,9 @@ def lowered_kernels(
             found.append((label, kind, work))
 
     held = quantized_tensors(graph, steps, int8, 1)
-    Lowering(graph, steps, dims, int8, held, 1, block, batch, emit).run()
+    known = [layers.get(layer.name, LayerPlan()) for layer in graph.compressible]
+    products = products_of(list(int8), known, np.arange(len(known))[None])
+    Lowering(graph, steps, dims, int8, held, 1, block, batch, emit, products).run()
     return found
 
 

@@ -13,7 +13,9 @@ The rules below were read off the runtime's optimized graphs:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +27,7 @@ from autocompress.hardware.kernels import (
     Work,
     aligned_int8,
     conv_work,
+    few_bits_work,
     gemm_work,
     layout_work,
     light_work,
@@ -35,6 +38,7 @@ from autocompress.hardware.kernels import (
 from autocompress.hardware.placement import Placement
 from autocompress.hardware.steps import Mask, Step, lifted_tensors
 from autocompress.methods.quantization import FOLLOWERS, FUSED_ACTIVATIONS
+from autocompress.plan import Compute, Layer, LayerPlan
 
 _FOLLOWER_KINDS = {
     "Concat": ("concat_fp32", "concat_int8"), "MaxPool": ("pool_fp32", "pool_int8"),
@@ -47,10 +51,40 @@ CHANNEL_STEP = 4
 """Input channels that are no multiple of this keep a float32 convolution out of the packed layout."""
 
 
+class Product(NamedTuple):
+    """Plans under which a product computes in a type that only products have, with weights of some bits."""
+
+    compute: Compute
+    bits: int
+    mask: Mask
+
+
+def products_of(
+    names: Sequence[str], known: Sequence[LayerPlan], formats: np.ndarray
+) -> dict[str, tuple[Product, ...]]:
+    """The layers that compute in dynamic int8 or from few-bit weights.
+
+    Args:
+        names: the layers, by column.
+        known: the formats.
+        formats: ``[plans, layers]`` indices into ``known``.
+    """
+    found: dict[str, tuple[Product, ...]] = {}
+    for code, plan in enumerate(known):
+        if plan.compute in ("int8_dynamic", "weight_only"):
+            for column, name in enumerate(names):
+                mask = formats[:, column] == code
+                if mask.any():
+                    found[name] = (*found.get(name, ()), Product(plan.compute, plan.storage.bits, mask))
+    return found
+
+
 @dataclass
 class Lowering(Placement):
     """One pass over a graph for a batch of plans; ``run`` emits every kernel."""
 
+    products: Mapping[str, Sequence[Product]] = field(default_factory=dict)
+    quantized: dict[str, Mask] = field(default_factory=dict)
     packed: dict[str, Mask] = field(default_factory=dict)
     channels_last: dict[str, Mask] = field(default_factory=dict)
     unpack: dict[str, Mask] = field(default_factory=dict)
@@ -221,18 +255,51 @@ class Lowering(Placement):
         layer = step.layer
         name, rows, inputs, outputs = self._factors(step)
         computes_int8 = self.int8.get(layer.name, self.none) if step.weight else self.none
-        for kind, mask in ((f"{name}_int8", computes_int8), (f"{name}_fp32", ~computes_int8)):
+        others = self._other_products(layer, rows, inputs, outputs)
+        for kind, mask in ((f"{name}_int8", computes_int8), (f"{name}_fp32", ~computes_int8 & ~others)):
             if mask.any():
                 self.emit(layer.name, kind, gemm_work(kind, rows, inputs, outputs), mask, True)
-        if layer.op == "MatMul" and step.result != layer.outputs[0]:
-            # Only a quantizer takes in the activation behind a matrix product.
+        if step.result != layer.outputs[0]:
+            # Only a quantizer takes in the activation behind a matrix product, and a Gemm of floats does.
             elements = self._elements(step.result)
-            alone = ~(computes_int8 & self._is_held(step.result))
+            alone = ~(computes_int8 & self._is_held(step.result)) if layer.op == "MatMul" else others
             self.emit(layer.name, "elementwise_fp32", move_work(4 * elements, 4 * elements), alone, True)
         self._read_int8(layer.inputs[0], computes_int8, self.none)
         for tensor in layer.activations:
             self._read_float(tensor, ~computes_int8)
         self._quantize(step.result, ~computes_int8)
+
+    def _other_products(self, layer: Layer, rows: Number, inputs: Number, outputs: Number) -> Mask:
+        """Products in dynamic int8 and from few-bit weights; returns the plans that have one here.
+
+        A tensor that several layers quantize while they run is quantized once, by a kernel of its own.
+        """
+        done, source = self.none, layer.inputs[0]
+        dynamic = {
+            reader.name: self._mask_of("int8_dynamic", reader.name) for reader in self.graph.consumers.get(source, ())
+        }
+        for product in self.products.get(layer.name, ()):
+            done = done | product.mask
+            if product.compute == "weight_only":
+                work = few_bits_work(rows, inputs, outputs, product.bits)
+                self.emit(layer.name, "matmul_nbits", work, product.mask, True)
+                continue
+            together = self.none
+            for name, mask in dynamic.items():
+                together = together | (mask & product.mask if name != layer.name else self.none)
+            first = together & ~self.quantized.get(source, self.none)
+            self._mark(self.quantized, source, together)
+            elements = self._elements(source)
+            self.emit(layer.name, "quantize_dynamic", move_work(4 * elements, elements), first, True)
+            for kind, mask in (("matmul_int8", together), ("matmul_dynamic_int8", product.mask & ~together)):
+                self.emit(layer.name, kind, gemm_work(kind, rows, inputs, outputs), mask, True)
+        return done
+
+    def _mask_of(self, compute: Compute, layer: str) -> Mask:
+        found = self.none
+        for product in self.products.get(layer, ()):
+            found = found | product.mask if product.compute == compute else found
+        return found
 
     def _add(self, step: Step) -> None:
         layer = step.layer

@@ -10,6 +10,8 @@ import torch
 
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.quantization import activation_formats, weight_axis
+from autocompress.methods.rounding_formats import round_to_format
+from autocompress.methods.statistics import from_matrix, weight_matrix
 from autocompress.plan import (
     INT8_WEIGHT,
     Attribute,
@@ -353,7 +355,13 @@ def with_ranges(
     scales: dict[str, torch.Tensor] = {}
     for layer in graph.compressible:
         layer_plan = plan.layers.get(layer.name)
-        if layer_plan is None or layer_plan.storage.scheme != "affine":
+        if layer_plan is None:
+            continue
+        if layer_plan.storage.scheme != "affine" or layer_plan.storage.granularity == "block":
+            given = weights[layer.inputs[1]]
+            rounded, found = round_to_format(weight_matrix(layer, given).float().contiguous(), layer_plan.storage)
+            weights = {**weights, layer.inputs[1]: from_matrix(layer, rounded, given.shape).contiguous()}
+            scales |= {} if found is None else {layer.name: found}
             continue
         weight, axis = weights[layer.inputs[1]].detach().float(), weight_axis(layer)
         others = [d for d in range(weight.dim()) if d != axis]

@@ -53,6 +53,8 @@ def describe(storage: NumFormat) -> str:
 
 def refusal(layer: Layer, plan: LayerPlan) -> str:
     """Why a layer cannot be what a plan says, with what it can be instead; empty where it can."""
+    if layer.op == "Gather" and (plan.compute != "fp32" or plan.storage.granularity == "block"):
+        return "a table of rows computes nothing; give it fp32 with integer storage"
     if layer.op == "Conv" and plan.compute in ("int8_dynamic", "weight_only"):
         kernel = (
             "ONNX Runtime executes ConvInteger 4 to 20 times slower than the float convolution"

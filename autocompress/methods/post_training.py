@@ -26,7 +26,17 @@ from autocompress.methods.registry import RANGE_METHODS
 from autocompress.methods.rounding import round_with_compensation
 from autocompress.methods.rounding_formats import column_scales, format_scales, round_to_format
 from autocompress.methods.statistics import CalibrationStatistics, collect, from_matrix, merge, weight_matrix
-from autocompress.plan import FLOAT16, FLOAT32, CompressionPlan, Compute, Layer, LayerPlan, ModelGraph, NumFormat
+from autocompress.plan import (
+    FLOAT16,
+    FLOAT32,
+    CompressionPlan,
+    Compute,
+    Layer,
+    LayerPlan,
+    ModelGraph,
+    NumFormat,
+    weight_of,
+)
 from autocompress.progress import Progress, SilentProgress
 
 Batch = tuple[torch.Tensor, ...]
@@ -89,8 +99,43 @@ def uniform_plan(graph: ModelGraph, compute: Compute, bits: int) -> tuple[Compre
             layers[layer.name] = form
     if left and not layers:
         raise UsageError(f"no layer can be {compute} with {bits}-bit weights: {next(iter(left.values()))}")
+    layers = suited(graph, layers)
     plan = CompressionPlan(layers=layers)
     return plan.model_copy(update={"activations": activation_formats(graph, layers)}), left
+
+
+def suited(graph: ModelGraph, layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
+    """One format for all layers, as each is served best by it.
+
+    Products in int8 of what comes in float (attention, behind layer norms) quantize it while they run: that needs no
+    second tensor format, and is faster and more exact than a range fixed beforehand.  Behind int8 layers, where
+    integers come in, products stay as they are.  Tables of rows are stored in as few bits as the layers' weights.
+
+    Args:
+        graph: the model.
+        layers: the format of each weight layer that has one.
+    """
+    products = [
+        layer
+        for layer in graph.compressible
+        if layer.op != "Conv" and layer.name in layers and layers[layer.name].compute == "int8"
+    ]
+    found = dict(layers)
+    for layer in products:
+        dynamic = layers[layer.name].model_copy(update={"compute": "int8_dynamic"})
+        if not refusal(layer, dynamic):
+            found[layer.name] = dynamic
+    formats = activation_formats(graph, found)
+    for layer in products:
+        if layer.inputs[0] in formats or layer.inputs[0] in graph.inputs:
+            found[layer.name] = layers[layer.name]
+            formats = activation_formats(graph, found)
+    whole = [form.storage for form in layers.values() if form.storage.scheme != "float"]
+    for layer in graph.stored if whole else ():
+        if layer.op == "Gather" and len(graph.consumers[weight_of(layer)]) == 1:
+            bits = 8 if whole[0].granularity == "block" else whole[0].bits
+            found[layer.name] = LayerPlan(storage=NumFormat(bits=bits))
+    return found
 
 
 def _storage(compute: Compute, bits: int) -> NumFormat:
@@ -284,11 +329,12 @@ def round_weights(
     """The weights as their storage formats hold them, and the scales of those held as integers."""
     made = dict(weights)
     scales: dict[str, torch.Tensor] = {}
-    for layer in graph.compressible:
+    for layer in graph.stored:
         storage = plan.layers.get(layer.name, LayerPlan()).storage
         if storage == FLOAT32:
             continue
-        matrix = weight_matrix(layer, weights[layer.inputs[1]]).float().contiguous()
+        name = weight_of(layer)
+        matrix = weight_matrix(layer, weights[name]).float().contiguous()
         hessian = None if layer.shared_with else hessians.get(layer.name)
         if hessian is None or storage.scheme != "affine" or (storage.bits >= 8 and not compensated):
             rounded, step = round_to_format(matrix, storage)
@@ -298,8 +344,8 @@ def round_weights(
             rounded, bias = _compensated(layer, weights, matrix, hessian, each, storage.bits)
             if bias is not None:
                 made[layer.inputs[2]] = bias
-        shape = graph.tensors[layer.inputs[1]].shape
-        made[layer.inputs[1]] = from_matrix(layer, rounded, shape).contiguous()
+        shape = graph.tensors[name].shape
+        made[name] = from_matrix(layer, rounded, shape).contiguous()
         if step is not None:
             scales[layer.name] = step
     return made, scales

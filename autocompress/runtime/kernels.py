@@ -187,11 +187,16 @@ def check_kernels(compressed: CompressedModel, report: KernelReport) -> list[str
     plans = compressed.plan.layers
     planned = [plans.get(layer.name, LayerPlan()).compute for layer in layers]
     executed = _executed_layers(report)
-    wrong = []
+    wrong: list[str] = []
+    told: set[str] = set()
     for place, (layer, plan) in enumerate(zip(layers, planned, strict=True)):
         runs = executed.get(str(place), "float")
         if runs != ("float" if plan == "fp32" else plan):
-            wrong.append(f"layer {layer.name!r} is {plan} in the plan, but the runtime executes it {_said(plan, runs)}")
+            how, advice = _said(plan, runs)
+            again = advice in told
+            told.add(advice)
+            text = f"layer {layer.name!r} is {plan} in the plan, but the runtime executes it {how}"
+            wrong.append(text if again else text + advice)
     integer = sum(compute in ("int8", "int8_dynamic") for compute in planned)
     if report.int8_weight_layers != integer:
         wrong.append(f"the plan computes {integer} layers in int8, the runtime executes {report.int8_weight_layers}")
@@ -226,20 +231,18 @@ def _executed_layers(report: KernelReport) -> dict[str, str]:
     return found
 
 
-def _said(plan: str, runs: str) -> str:
-    """How a layer runs, and where there is one the way out."""
+def _said(plan: str, runs: str) -> tuple[str, str]:
+    """How a layer runs, and why and what to do instead where that can be said."""
     if runs.startswith("level"):
-        return (
-            f"as MatMulNBits with accuracy_{runs}, in floats and up to 30 times slower; "
-            f"write accuracy_level={INTEGER_LEVEL}"
-        )
+        how = f"as MatMulNBits with accuracy_{runs}"
+        return how, f", in floats and up to 30 times slower; write accuracy_level={INTEGER_LEVEL}"
     if runs == "ConvInteger":
-        return "as ConvInteger, 4 to 20 times slower than the float convolution; give it int8 or fp32"
+        return f"as {runs}", ", 4 to 20 times slower than the float convolution; give it int8 or fp32"
     if runs == "MatMulInteger":
-        return "as MatMulInteger, not fused with what scales its result; give it int8 or fp32"
+        return f"as {runs}", ", not fused with what scales its result; give it int8 or fp32"
     if plan == "fp16":
-        return (
-            f"in {runs}: ONNX Runtime has no fp16 kernels for this CPU; "
-            "give it fp32 with weights stored as float of 16 bits, which is as small and no slower"
+        return f"in {runs}", (
+            ": ONNX Runtime has no fp16 kernels for this CPU; give it fp32 with weights stored as float of 16 bits, "
+            "which is as small and no slower"
         )
-    return f"in {runs}"
+    return f"in {runs}", ""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autocompress.config import RunConfig
+from autocompress.export.metadata import describe
 from autocompress.export.onnx import write_onnx
 from autocompress.hardware.anchors import anchor_plans
 from autocompress.hardware.calibration import Observation
@@ -100,9 +101,8 @@ def _measure(
         progress.stage("anchors", len(plans))
         for index, plan in enumerate(plans):
             path = Path(folder) / f"{index}.onnx"
-            sizes[str(index)] = write_onnx(
-                evaluator.database.stitch(plan), path, {"autocompress.plan": plan.digest}, config.runtime
-            )
+            stitched = evaluator.database.stitch(plan)
+            sizes[str(index)] = write_onnx(stitched, path, describe(stitched.plan), config.runtime)
             files[str(index)] = path
             progress.advance()
         stats = measure_latency(

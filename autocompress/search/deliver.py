@@ -15,8 +15,11 @@ import torch
 
 from autocompress.errors import InfeasibleError
 from autocompress.export.checkpoint import save_checkpoint
+from autocompress.export.files import write_atomic
+from autocompress.export.metadata import ArtifactMetrics, Provenance, describe, stamp
 from autocompress.export.onnx import write_onnx
 from autocompress.front import error_of, latency_of, points_frame
+from autocompress.hardware.profile import cpu_description
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.simulation import build_compressed
 from autocompress.pareto import distinct_mask, pareto_mask
@@ -93,7 +96,8 @@ class Delivery:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         artifact = folder / "model.onnx"
-        size = write_onnx(compressed, artifact, {"autocompress.plan": compressed.plan.digest}, self.target.runtime)
+        metadata = describe(compressed.plan, self._origin(compressed))
+        size = write_onnx(compressed, artifact, metadata, self.target.runtime)
         runtime = runtime_here(self.target.runtime)
         report = runtime.executed_kernels(artifact, self.target.threads)
         problems = check_kernels(compressed, report)
@@ -149,6 +153,10 @@ class Delivery:
         folder.rename(final)
         return True
 
+    def _origin(self, compressed: CompressedModel) -> Provenance:
+        names = {"task": self.task.name, "model": self.task.model_name}
+        return Provenance.here(compressed.plan, cpu_description(), seed=self.seed, **names)
+
     def _agreement(self, compressed: CompressedModel, outputs: torch.Tensor) -> float:
         """The share of validation samples that the torch simulation and the runtime classify alike."""
         data = self.task.split("validation")
@@ -197,6 +205,10 @@ class Delivery:
         self._save(name)
 
     def _save(self, name: str) -> None:
+        artifact, point = self._work / name / "model.onnx", self.points[name]
+        before = artifact.stat().st_size
+        grown = stamp(artifact, ArtifactMetrics.of(point, self.task.metric, self.target)) - before
+        self.points[name] = point.model_copy(update={"size_bytes": point.size_bytes + grown})
         facts = {
             "point": self.points[name].model_dump(mode="json"),
             "latency_upper_ms": self.uppers[name],
@@ -337,6 +349,9 @@ class Delivery:
             write_text(partial / "metrics.json", point.model_dump_json(indent=1))
             partial.rename(target)
         else:
+            stamped = (source / "model.onnx").read_bytes()
+            if stamped != (target / "model.onnx").read_bytes():
+                write_atomic(target / "model.onnx", stamped)
             write_text(target / "metrics.json", point.model_dump_json(indent=1))
 
     def _write_tables(self, front: Front, rejected: Mapping[str, str]) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from autocompress.errors import UsageError
+from autocompress.export.metadata import read_metadata
 from autocompress.export.onnx import to_onnx
 from autocompress.hardware.kernels import KINDS
 from autocompress.hardware.measure import measure_profile
@@ -216,6 +217,13 @@ def test_models_are_delivered_in_it(name: str, tmp_path: Path) -> None:
     delivery.measure([], seconds_each=0.1)
     point = delivery.points[ORIGINAL]
     artifact = tmp_path / ".work" / "models" / ORIGINAL / "model.onnx"
+    assert point.size_bytes == artifact.stat().st_size
+    said = read_metadata(artifact)
+    assert said.plan == compressed.plan
+    assert said.metrics is not None
+    assert said.metrics.latency_ms == pytest.approx(point.latency_ms.measured, rel=1e-5)
+    assert said.provenance is not None
+    assert (said.provenance.task, said.provenance.model) == ("t", "m")
     assert point.kernels == load_runtime(name).executed_kernels(artifact).counts
     assert point.runtime_agreement is not None
     assert point.runtime_agreement >= 0.9

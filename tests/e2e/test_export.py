@@ -105,6 +105,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "model": (("resnet9",), ("'resnet9'", "nearest: 'resnet8'", "module:function")),
     "compute": (("resnet8", "--compute", "int7"), ("--compute", "'int7'", "nearest: 'int8'")),
     "bits": (("resnet8", "--weight-bits", "9"), ("--weight-bits", "9 bits under int8", "8")),
+    "convolutions": (("resnet8", "--compute", "weight_only"), ("99% of the weights", "a convolution", "int8")),
     "rule": (("resnet8", "--layer", "fc"), ("--layer 'fc'", "PATTERN=COMPUTE")),
     "pattern": ((f"{MINE}:scorer", "--layer", "hiden=fp32"), ("--layer", "'hiden'", "nearest: 'hidden'")),
     "data": ((f"{MINE}:without_data",), ("no calibration data", "'calibration'")),

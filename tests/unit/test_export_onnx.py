@@ -261,7 +261,7 @@ def test_equal_initializers_are_stored_once_and_names_are_short() -> None:
     first = builder.constant(np.zeros(3, np.float32))
     assert builder.constant(np.zeros(3, np.float32)) == first == "b"
     assert builder.constant(np.zeros((3, 1), np.float32)) == "c"
-    assert len(builder.initializers) == 2
+    assert len(builder.model.graph.initializer) == 2
     names = short_names(frozenset())
     assert len({len(next(names)) for _ in range(62)}) == 1
     assert next(names) == "aa"

@@ -8,13 +8,20 @@ from typing import Any
 import pytest
 
 from autocompress.errors import UsageError
+from autocompress.exporting import options
 from autocompress.exporting.choices import choose
 from autocompress.exporting.options import ExportOptions, LayerRule
-from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, NumFormat
+from autocompress.plan import FLOAT16, CompressionPlan, LayerPlan, ModelGraph, NumFormat
 from tests.graphs import GraphMaker
 
 INT8 = LayerPlan(compute="int8", storage=NumFormat(bits=8))
 INT4 = LayerPlan(compute="int8", storage=NumFormat(bits=4))
+
+
+@pytest.fixture(autouse=True)
+def processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that adds products of 8 bits exactly, wherever the tests run."""
+    monkeypatch.setattr(options, "needs_reduced_range", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +36,15 @@ def graph() -> ModelGraph:
 
 def layers(graph: ModelGraph, **options: Any) -> dict[str, LayerPlan]:
     return choose(graph, ExportOptions(**options)).plan.layers
+
+
+def test_weights_keep_to_seven_bits_where_the_processor_would_saturate(
+    graph: ModelGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "needs_reduced_range", lambda: True)
+    assert layers(graph)["stem"] == LayerPlan(compute="int8", storage=NumFormat(bits=7))
+    assert layers(graph, weight_bits=8)["stem"] == INT8
+    assert layers(graph, compute="fp32", weight_bits=8)["stem"] == LayerPlan(storage=NumFormat(bits=8))
 
 
 def test_every_layer_that_can_is_int8_and_the_rest_says_why(graph: ModelGraph) -> None:
@@ -58,6 +74,27 @@ def test_a_stored_plan_says_it_for_every_layer(graph: ModelGraph, tmp_path: Path
         layers(graph, plan=path)
     with pytest.raises(UsageError, match="cannot be read"):
         layers(graph, plan=tmp_path / "absent")
+
+
+@pytest.mark.parametrize("compute", ["weight_only", "int8_dynamic"])
+def test_convolutions_are_not_asked_for_what_only_matrices_have(graph: ModelGraph, compute: str) -> None:
+    with pytest.raises(UsageError, match=r"100% of the weights.*'stem': a convolution cannot .*int8"):
+        layers(graph, compute=compute)
+    with pytest.raises(UsageError, match=rf"layer 'stem' cannot be {compute}: a convolution .*give it int8"):
+        layers(graph, layers=(f"stem={compute}",))
+
+
+def test_matrices_take_every_type_and_the_block_asked_for() -> None:
+    maker = GraphMaker()
+    x = maker.gemm(maker.input("x", (64,)), 64, "up")
+    graph = maker.build(("x",), (maker.gemm(x, 8, "down"),))
+    four = LayerPlan(compute="weight_only", storage=NumFormat(bits=4, granularity="block", block=32))
+    assert layers(graph, compute="weight_only", weight_bits=4, block=32) == {"up": four, "down": four}
+    assert layers(graph, compute="fp32", layers=("down=int8_dynamic",)) == {
+        "down": LayerPlan(compute="int8_dynamic", storage=NumFormat(bits=8))
+    }
+    halves = LayerPlan(compute="fp32", storage=FLOAT16)
+    assert layers(graph, compute="fp32", weight_bits=16) == {"up": halves, "down": halves}
 
 
 def test_what_a_layer_cannot_do_is_refused_by_name(graph: ModelGraph) -> None:

@@ -33,7 +33,7 @@ from autocompress.hardware.synthetic import (
     token_net,
 )
 from autocompress.methods.quantization import activation_formats
-from autocompress.plan import CompressionPlan, Group, Member, ModelGraph
+from autocompress.plan import INT8_WEIGHT, CompressionPlan, Group, LayerPlan, Member, ModelGraph, NumFormat
 from autocompress.runtime import timing
 
 NETS = (residual_net, inverted_net, plain_net, odd_net, token_net, encoder_net)
@@ -67,6 +67,32 @@ def test_lowering_predicts_the_kernels_that_run(net: Callable[..., ModelGraph], 
     assert sum((light - seen).values()) + sum((seen - light).values()) <= max(4, len(ran) // 8)
     if style in ("fp32", "int8"):
         assert light == seen
+
+
+@pytest.mark.parametrize("net", [token_net, encoder_net, plain_net])
+def test_products_in_every_type_are_predicted(net: Callable[..., ModelGraph], block: int) -> None:
+    rng = np.random.default_rng(4)
+    graph = net(rng, 16, (18, 48))
+    few = NumFormat(bits=4, granularity="block", block=32)
+    dynamic, blocks = (
+        LayerPlan(compute="int8_dynamic", storage=INT8_WEIGHT),
+        LayerPlan(compute="weight_only", storage=few),
+    )
+    names = [layer.name for layer in graph.compressible if layer.op != "Conv"]
+    choices = [dict.fromkeys(names, dynamic), dict.fromkeys(names, blocks)]
+    choices += [{n: [dynamic, blocks, INT8, LayerPlan()][int(rng.integers(4))] for n in names} for _ in range(2)]
+    for layers in choices:
+        (executed,) = profile_kernels([to_onnx(random_model(graph, layers, rng)).SerializeToString()], block)
+        kinds = Counter((kernel.kind, int(kernel.work.macs), int(kernel.work.weight_bytes)) for kernel in executed)
+        predicted = lowered_kernels(graph, layers, block, 1)
+        products = ("fp32", "int8")
+        found = Counter((kind, int(work.macs), int(work.weight_bytes)) for _, kind, work in predicted)
+        assert {k: n for k, n in found.items() if KINDS[k[0]] in products} == {
+            k: n for k, n in kinds.items() if KINDS[k[0]] in products
+        }
+        assert sum(k == "quantize_dynamic" for _, k, _ in predicted) == sum(
+            k.kind == "quantize_dynamic" for k in executed
+        )
 
 
 @pytest.mark.parametrize("net", NETS)

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import onnx
 import pandas as pd
 import pytest
 
 from autocompress.errors import InfeasibleError
+from autocompress.export.metadata import describe, read_metadata
 from autocompress.front import load_front
 from autocompress.plan import CompressionPlan, FrontPoint, Metric, Target
 from autocompress.search.deliver import LATENCY_MARGIN, ORIGINAL, UNIFORM_INT8, Delivery
@@ -48,6 +50,9 @@ def delivery(
         folder.mkdir(parents=True, exist_ok=True)
         for file in ("model.onnx", "model.safetensors", "plan.json"):
             (folder / file).write_text(f"{file} of {given.id}")
+        empty = onnx.helper.make_model(onnx.GraphProto(name=given.id))
+        onnx.helper.set_model_props(empty, describe(given.plan))
+        (folder / "model.onnx").write_bytes(empty.SerializeToString())
     return made
 
 
@@ -228,7 +233,11 @@ def test_metrics_follow_a_new_measurement(tmp_path: Path) -> None:
     made = delivery(tmp_path, point("a", 0.90, 0.5, 100_000))
     made.publish("running", 1, 1.0, {})
     made.points["a"] = point("a", 0.90, 0.45, 100_000)
+    made._save("a")
     made.publish("complete", 1, 1.0, {})
+    said = read_metadata(tmp_path / "models" / "a" / "model.onnx").metrics
+    assert said is not None
+    assert said.latency_ms == 0.45
     metrics = json.loads((tmp_path / "models" / "a" / "metrics.json").read_text())
     assert metrics["latency_ms"]["measured"] == 0.45
 
@@ -251,6 +260,9 @@ def absent(run: Path, *points: FrontPoint, **more: Any) -> Delivery:
         folder.mkdir(parents=True, exist_ok=True)
         for file in ("model.onnx", "model.safetensors", "plan.json"):
             (folder / file).write_text(f"{file} of {given.id}")
+        empty = onnx.helper.make_model(onnx.GraphProto(name=given.id))
+        onnx.helper.set_model_props(empty, describe(given.plan))
+        (folder / "model.onnx").write_bytes(empty.SerializeToString())
     made.measure([given.id for given in banded], 0.1)
     return made
 
