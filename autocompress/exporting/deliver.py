@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from autocompress.export.metadata import ArtifactMetrics, Provenance, Score, des
 from autocompress.export.onnx import write_onnx
 from autocompress.exporting.choices import choose
 from autocompress.exporting.comparing import as_model, as_simulation, batch_size, compare, score
-from autocompress.exporting.folder import building
+from autocompress.exporting.folder import artifact_bytes, building, digest_of_file
 from autocompress.exporting.handle import ExportedModel
 from autocompress.exporting.metrics import (
     ARCHIVE,
@@ -88,7 +87,7 @@ def export_subject(subject: Subject, options: ExportOptions, out: Path | None, p
             seconds_each=SECONDS_EACH,
             progress=progress,
         )
-        export_bytes = stamp(
+        stamp(
             folder.path / ARTIFACT, _stamped(subject, compressed, quality, simulation, timed, report, options.threads)
         )
         archived = pack(folder.path / ARTIFACT, folder.path / ARCHIVE).archive_bytes if options.archive else None
@@ -103,7 +102,7 @@ def export_subject(subject: Subject, options: ExportOptions, out: Path | None, p
             simulation=simulation,
             latency_ms=Timings(original=_timing(timed["original"]), export=_timing(timed["export"])),
             threads=options.threads,
-            size_bytes=Sizes(original=original_bytes, export=export_bytes, archive=archived),
+            size_bytes=Sizes(original=original_bytes, export=artifact_bytes(folder.path / ARTIFACT), archive=archived),
             kernels=dict(report.counts),
             layers=_counted(compressed),
             float_layers=chosen.reasons,
@@ -125,7 +124,7 @@ def export_subject(subject: Subject, options: ExportOptions, out: Path | None, p
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of an export but its metrics, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / METRICS)
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {str(path.relative_to(folder)): digest_of_file(path) for path in files}
 
 
 def checked_kernels(compressed: CompressedModel, artifact: Path, threads: int) -> KernelReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 import shutil
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from autocompress.errors import UsageError
+from autocompress.export.external import data_path
 
 RESULTS = Path("results")
 
@@ -86,6 +88,18 @@ class Building:
                     continue
                 return target
         raise AssertionError("unreachable")
+
+
+def artifact_bytes(path: Path) -> int:
+    """Everything that an ONNX file needs on disk: a large model keeps its weights beside it."""
+    weights = data_path(path)
+    return path.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256, read in parts."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _umask() -> int:

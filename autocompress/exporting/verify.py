@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from autocompress.export.archive import unpack
 from autocompress.export.checkpoint import load_compressed
 from autocompress.export.metadata import read_metadata
 from autocompress.exporting.comparing import as_model, as_simulation, batch_size, compare, mean_score
+from autocompress.exporting.folder import artifact_bytes, digest_of_file
 from autocompress.exporting.metrics import ARCHIVE, ARTIFACT, ORIGINAL, Comparison, ExportMetrics, read_metrics
 from autocompress.exporting.samples import Samples
 from autocompress.exporting.subject import Subject, load_subject
@@ -88,7 +88,7 @@ def verify_file(path: Path, progress: Progress) -> list[Check]:
     session = open_file(path)
     if isinstance(session, Check):
         return [session]
-    checks = [Check("file", True, f"valid ONNX, {path.stat().st_size} bytes, opens in a plain session")]
+    checks = [Check("file", True, f"valid ONNX, {artifact_bytes(path)} bytes, opens in a plain session")]
     report = load_runtime(DEFAULT_RUNTIME).executed_kernels(path)
     few = f", {report.weight_only_layers} from few-bit weights" if report.weight_only_layers else ""
     layers = f"{report.int8_weight_layers} layers with weights in integers{few}, {report.fp32_weight_layers} in float"
@@ -139,13 +139,13 @@ def _files(folder: Path, metrics: ExportMetrics) -> Check:
         path = folder / name
         if name == ORIGINAL and not path.exists():
             continue
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        if not path.is_file() or digest_of_file(path) != digest:
             wrong.append(name)
     return Check("files", not wrong, f"changed or missing: {', '.join(wrong)}" if wrong else "all as exported")
 
 
 def _size(folder: Path, metrics: ExportMetrics) -> Check:
-    size = (folder / ARTIFACT).stat().st_size
+    size = artifact_bytes(folder / ARTIFACT)
     return Check("size", size == metrics.size_bytes.export, f"{size} bytes, written {metrics.size_bytes.export}")
 
 

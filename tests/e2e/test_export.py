@@ -38,7 +38,7 @@ class Export:
 @pytest.fixture(scope="module")
 def exported(cli: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Export:
     path = tmp_path_factory.mktemp("exports") / "resnet8"
-    result = cli("export", "resnet8", "--compute", "int8", "--out", path)
+    result = cli("export", "resnet8", "--compute", "int8", "--archive", "--out", path)
     assert result.code == 0, result.err
     return Export(path, result)
 
@@ -51,8 +51,9 @@ def test_int8_keeps_the_accuracy_and_every_layer_runs_in_int8(exported: Export) 
     assert (metrics["kernels"]["fp32"], metrics["float_layers"]) == (0, {})
     assert metrics["simulation"]["top1_agreement"] >= 0.99
     assert metrics["size_bytes"]["original"] / metrics["size_bytes"]["export"] > 3
+    assert metrics["size_bytes"]["archive"] < metrics["size_bytes"]["export"]
     assert files_of(exported.path) == {
-        *("model.onnx", "original.onnx", "model.safetensors", "plan.json", "metrics.json")
+        *("model.onnx", "original.onnx", "model.acz", "model.safetensors", "plan.json", "metrics.json")
     }
     for shown in ("test accuracy", "smaller", "10 int8", f"exported: {exported.path / 'model.onnx'}"):
         assert shown in exported.result.out
@@ -77,7 +78,7 @@ def test_verify_measures_the_export_again(exported: Export, cli: CommandLine) ->
     # Latencies of microseconds are not the same twice on a busy machine; all else must be.
     assert [check for check in checks if not check["ok"] and check["name"] != "latency"] == []
     names = [check["name"] for check in checks]
-    assert names == ["files", "size", "metadata", "kernels", "checkpoint", "validation", "test", "latency"]
+    assert names == ["files", "size", "archive", "metadata", "kernels", "checkpoint", "validation", "test", "latency"]
 
 
 def test_verify_finds_one_changed_byte(exported: Export, cli: CommandLine, tmp_path: Path) -> None:
