@@ -14,7 +14,7 @@ export PIP_PROGRESS_BAR := off
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHECKED := autocompress tests $(wildcard benchmarks)
 
-.PHONY: help install install-test quickstart test lint types contracts format bench-digits bench-fashion bench-budget bench-resume bench-latency bench-export-cost clean
+.PHONY: help install install-test quickstart test lint types contracts format bench-digits bench-fashion bench-budget bench-resume bench-latency bench-export bench-exactness bench-export-cost clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | column -t -s "$$(printf '\t')"
@@ -81,6 +81,13 @@ bench-latency: install  ## the latency model against plans it has never seen, at
 
 bench-export-cost: install  ## what reading a model and writing a plan's file take, about a minute
 	$(BIN)/python -m benchmarks.export_cost
+
+bench-export: install  ## int8 exports of eight networks against onnxruntime's own quantizer, about 30 minutes
+	$(PIP) install --quiet -c constraints.txt -e '.[transformers]'
+	$(BIN)/python -m benchmarks.export
+
+bench-exactness: install  ## simulation against file on 10,000 images (and training the originals once)
+	$(BIN)/python -m benchmarks.exactness
 
 clean:  ## remove the environment, caches and the quickstart's results
 	rm -rf $(VENV) $(QUICKSTART) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

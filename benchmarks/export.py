@@ -175,13 +175,7 @@ def build(name: str, work: Path) -> None:
 
 def theirs(model: nn.Module, names: Sequence[str], calibration: Inputs, work: Path) -> None:
     """onnxruntime's own two quantizations of torch's own export."""
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_dynamic,
-        quantize_static,
-    )
+    from onnxruntime import quantization as quantizer
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(quantizer.CalibrationDataReader):  # type: ignore[misc]

@@ -43,12 +43,14 @@ _SIGNED = {2: int(TensorProto.INT2), 4: int(TensorProto.INT4)}
 _UNSIGNED = {2: int(TensorProto.UINT2), 4: int(TensorProto.UINT4)}
 
 
-def field_bits(storage: NumFormat) -> int:
-    """Bits of ONNX's smallest type that holds a format's numbers: 2, 4 or 8."""
-    return next(bits for bits in (2, 4, 8) if bits >= storage.bits)
+def field_bits(storage: NumFormat, least: int = 2) -> int:
+    """Bits of ONNX's smallest type that holds a format's numbers: 2, 4 or 8, and ``least`` at least."""
+    return next(bits for bits in (2, 4, 8) if bits >= max(storage.bits, least))
 
 
-def packed_bytes(storage: NumFormat, count: np.ndarray, channels: np.ndarray, planes: bool) -> np.ndarray:
+def packed_bytes(
+    storage: NumFormat, count: np.ndarray, channels: np.ndarray, planes: bool, least: int = 2
+) -> np.ndarray:
     """Bytes of ``count`` integers of a format in a file, what unpacks them included and scales not.
 
     Args:
@@ -56,6 +58,7 @@ def packed_bytes(storage: NumFormat, count: np.ndarray, channels: np.ndarray, pl
         count: weights of a layer.
         channels: its output channels.
         planes: as planes in a blob, whose own bytes are not counted; else in ONNX's types, or as int8 if that is less.
+        least: bits of the smallest of those types.
     """
     table = np.zeros(np.shape(count))
     if storage.scheme == "codebook":
@@ -63,14 +66,14 @@ def packed_bytes(storage: NumFormat, count: np.ndarray, channels: np.ndarray, pl
         table = table + TABLE_BYTES[storage.granularity] + 2.0**storage.bits * tables
     if planes:
         return np.asarray(storage.bits * np.ceil(count / 8) + PART_BYTES + table)
-    bits = field_bits(storage)
+    bits = field_bits(storage, least)
     fields = np.ceil(count * bits / 8) + (CAST_BYTES if bits < 8 else 0) + table
     return np.asarray(np.minimum(fields, count))
 
 
-def best_in_planes(storage: NumFormat) -> bool:
+def best_in_planes(storage: NumFormat, least: int = 2) -> bool:
     """Whether large layers of a format lie in planes."""
-    return storage.bits in (3, 5, 6)
+    return storage.bits in (3, 5, 6) or storage.bits < least
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,13 @@ class StoredWeights:
         compressed: what a plan made of a model.
         out: where initializers and the nodes that unpack them go; those of blobs at once.
         transposed: layers whose integers are wanted the other way round.
+        least: bits of the smallest of ONNX's types that may be used: OpenVINO reads none of 2.
     """
 
-    def __init__(self, compressed: CompressedModel, out: GraphBuilder, transposed: Iterable[str] = ()) -> None:
+    def __init__(
+        self, compressed: CompressedModel, out: GraphBuilder, transposed: Iterable[str] = (), least: int = 2
+    ) -> None:
+        self.least = least
         self.compressed = compressed
         self.out = out
         self.transposed = frozenset(transposed)
@@ -102,7 +109,8 @@ class StoredWeights:
         waiting: dict[str, tuple[_Packed, float]] = {}
         for layer in compressed.graph.stored:
             plan = compressed.plan.layers.get(layer.name, LayerPlan())
-            saved = _saved_by_planes(plan.storage, compressed.weights[weight_of(layer)].numel(), self._channels(layer))
+            count = compressed.weights[weight_of(layer)].numel()
+            saved = _saved_by_planes(plan.storage, count, self._channels(layer), least)
             if saved > 0 and self._key(layer) not in waiting:
                 waiting[self._key(layer)] = (self._packed(layer, plan), saved)
         if sum(saved for _, saved in waiting.values()) > BLOB_BYTES:
@@ -136,13 +144,17 @@ class StoredWeights:
         storage = plan.storage
         integers, axis = self._array(layer, plan)
         if key not in self._numbers:
-            small = packed_bytes(storage, np.array(integers.size), np.array(integers.shape[axis]), planes=False)
+            small = packed_bytes(storage, np.array(integers.size), np.array(integers.shape[axis]), False, self.least)
             if small >= integers.size:
                 return self.out.constant(integers)
         if storage.scheme != "codebook":
-            return self._numbers.get(key) or self._cast(integers, _SIGNED[field_bits(storage)], TensorProto.INT8)
+            return self._numbers.get(key) or self._cast(
+                integers, _SIGNED[field_bits(storage, self.least)], TensorProto.INT8
+            )
         tables, indices = codebook(integers, storage, axis, layer.name)
-        found = self._numbers.get(key) or self._cast(indices, _UNSIGNED[field_bits(storage)], TensorProto.INT32)
+        found = self._numbers.get(key) or self._cast(
+            indices, _UNSIGNED[field_bits(storage, self.least)], TensorProto.INT32
+        )
         return self._looked_up(tables, found, integers.shape, axis)
 
     def _cast(self, values: np.ndarray, kind: int, to: int) -> str:
@@ -202,9 +214,9 @@ class StoredWeights:
         return self._table
 
 
-def _saved_by_planes(storage: NumFormat, count: int, channels: int) -> float:
+def _saved_by_planes(storage: NumFormat, count: int, channels: int, least: int) -> float:
     """Bytes that planes save for a layer, against the best other container."""
-    if not is_integer(storage) or storage.granularity == "block" or not best_in_planes(storage):
+    if not is_integer(storage) or storage.granularity == "block" or not best_in_planes(storage, least):
         return 0.0
-    sizes = [packed_bytes(storage, np.array(count), np.array(channels), planes) for planes in (True, False)]
+    sizes = [packed_bytes(storage, np.array(count), np.array(channels), planes, least) for planes in (True, False)]
     return float(sizes[1] - sizes[0])

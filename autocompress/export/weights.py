@@ -45,7 +45,7 @@ class WeightLayers:
         for layer in compressed.graph.stored:
             check_layer(layer, self.plan(layer))
         self._dynamic: dict[str, list[str]] = {}
-        self._stored = StoredWeights(compressed, out, self._transposed())
+        self._stored = StoredWeights(compressed, out, self._transposed(), least=2 if tuned else 4)
 
     def _transposed(self) -> list[str]:
         """Layers whose integers are wanted as ``[inputs, outputs]``, but whose weights lie the other way round."""

@@ -37,8 +37,9 @@ HISTOGRAM_BINS = 2048
 THRESHOLDS = 120
 """Bins and candidate thresholds of the entropy method."""
 
-MOST_CUT = 0.01
-"""Largest share of the values that the entropy method may cut off."""
+MOST_CUT = 1e-4
+"""Largest share of the values that the entropy method may cut off: beyond it outputs suffer (7 dB in ResNet-18 at 1%),
+whatever the divergence says."""
 
 
 def range_method(name: str) -> RangeMethod:
@@ -158,7 +159,7 @@ def entropy(sample: torch.Tensor, bits: int = 8) -> tuple[float, float]:
     # expectation (one half a degree of freedom, over the number of values) is taken off.
     freedom = filled.sum(1) - (sums > 0).sum(1)
     divergence -= freedom / (2.0 * counts.sum())
-    # A cut through a spike (the background of images) hides any loss in one bin: no more than a share is cut off.
+    # A cut through a spike (the background of images) hides any loss in one bin: only a small share is cut off.
     divergence[counts.sum() - kept.sum(1) > MOST_CUT * sample.numel()] = float("inf")
     threshold = top * float(cuts[int(divergence.argmin())]) / HISTOGRAM_BINS
     return max(low, -threshold), min(high, threshold)

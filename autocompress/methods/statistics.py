@@ -183,7 +183,9 @@ def _thinned(sample: torch.Tensor, extremes: torch.Tensor) -> torch.Tensor:
     most = SAMPLED_VALUES - 2
     if sample.numel() > most:
         sample = sample[torch.linspace(0, sample.numel() - 1, most, dtype=torch.float64).long()]
-    return torch.cat([sample, extremes])
+    low, high = sample.aminmax()
+    # Each only where it is missing: counted twice, the rarest value would look less rare than it is.
+    return torch.cat([sample, extremes[:1][extremes[:1] < low], extremes[1:][extremes[1:] > high]])
 
 
 def _accumulate(sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]], layer: Layer, value: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ from autocompress.methods.formats import STORAGES, describe, refusal
 from autocompress.methods.quantization import affine_parameters
 from autocompress.methods.simulation import build_compressed
 from autocompress.plan import FLOAT16, LayerPlan, ModelGraph, NumFormat
+from autocompress.runtime.base import load_runtime
 from autocompress.runtime.kernels import check_kernels, executed_kernels, optimized_graph
 from autocompress.runtime.session import make_session
 from tests.graphs import GraphMaker, compress
@@ -167,6 +168,18 @@ def test_a_tensor_that_two_layers_quantize_while_they_run_is_quantized_once() ->
         expected = build_compressed(compressed)(inputs)
     for found, wanted in zip(make_session(artifact).run(None, {"given": inputs.numpy()}), expected, strict=True):
         np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("storage", [s for s in STORAGES["int8"] if s.bits < 4], ids=describe)
+def test_other_runtimes_read_every_storage(storage: NumFormat) -> None:
+    compressed = made("conv", LayerPlan(compute="int8", storage=storage))
+    runtime = load_runtime("openvino")
+    artifact = to_onnx(compressed, runtime="openvino")
+    assert artifact.opset_import[0].version < 25
+    inputs = torch.randn((2, *compressed.graph.tensors["given"].shape)).numpy()
+    (expected,) = make_session(to_onnx(compressed).SerializeToString()).run(None, {"given": inputs})
+    (found,) = runtime.session(artifact.SerializeToString()).run({"given": inputs})
+    assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
 
 
 def test_numbers_that_fill_more_than_one_chunk_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
