@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from scipy.stats import binom
 from torch import nn
 
+from autocompress.export.metadata import Provenance, describe
 from autocompress.export.onnx import write_onnx
 from autocompress.graph.read import read_model
 from autocompress.hardware.profile import cpu_description
@@ -162,7 +163,9 @@ def build(name: str, work: Path) -> None:
     plan, left = uniform_plan(graph, "int8", 8)
     batches = [tuple(x[i : i + 4] for x in calibration) for i in range(0, CALIBRATION, 4)]
     compressed = quantize_model(graph, weights, plan, batches, CalibrationOptions(ranges="minmax"))
-    write_onnx(compressed, work / "ours.onnx")
+    write_onnx(
+        compressed, work / "ours.onnx", describe(compressed.plan, Provenance.here(compressed.plan, cpu_description()))
+    )
     print(
         f"{name}: read in {read_s:.1f} s, quantized in {time.perf_counter() - start:.1f} s; float: {left or 'nothing'}"
     )
