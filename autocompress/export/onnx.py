@@ -14,6 +14,11 @@ What decides the form, each found by reading ONNX Runtime's optimized graph:
 * A float32 layer between int8 tensors would be quantized behind the plan's back by the same rewrite.  It asks for a
   scale per tensor, so such a layer reads its input through a DequantizeLinear with one (equal) scale per channel.
 * Operators that only move values (MaxPool, Flatten, ...) work on the integers themselves.
+* A hard-swish is ``x * clip(x / 6 + 1/2, 0, 1)``, and the clipped line is what integers do by themselves: x read with
+  another zero point and quantized again.  ``x * sigmoid(x)`` has no such form; one float kernel between conversions is
+  faster than the two integer kernels, and rounds once.
+* A first convolution reads a fourth channel of zeros, for windows are gathered a word at a time.
+* Products whose input comes in float quantize it while they run; rows of a table are made floats once they are read.
 """
 
 from __future__ import annotations
