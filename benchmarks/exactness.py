@@ -23,6 +23,7 @@ from autocompress.hardware.profile import cpu_description
 from autocompress.methods.exact import ExactModule
 from autocompress.methods.post_training import quantize_model, uniform_plan
 from autocompress.methods.simulation import build_compressed
+from autocompress.runtime.cpu import int8_weight_bits
 from autocompress.runtime.session import make_session
 from autocompress.tasks import load_task
 from autocompress.tasks.base import Task
@@ -30,7 +31,7 @@ from autocompress.terminal import showing_progress
 from benchmarks.fronts import RESULTS, markdown
 
 FOLDER = RESULTS / "export"
-MODELS, BITS = ("resnet20", "mobilenetv2"), (8, 4, 3)
+MODELS, BITS = ("resnet20", "mobilenetv2"), (int8_weight_bits(), 4, 3)
 CALIBRATION, BATCH, COMPARED = 128, 250, 16
 
 

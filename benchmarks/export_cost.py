@@ -24,6 +24,7 @@ from autocompress.hardware.profile import cpu_description
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.post_training import CalibrationOptions, quantize_model, uniform_plan
 from autocompress.plan import INT4_WEIGHT, INT8_WEIGHT, CompressionPlan, LayerPlan, ModelGraph
+from autocompress.runtime.cpu import int8_weight_bits
 from autocompress.tasks.vision import import_torchvision
 
 MODELS = ("resnet50", "mobilenet_v2")
@@ -76,7 +77,7 @@ def plans(graph: ModelGraph) -> dict[str, CompressionPlan]:
     mixed = {layer.name: draw.choice(choices) for layer in graph.compressible}
     return {
         "fp32": CompressionPlan(),
-        "int8": uniform_plan(graph, "int8", 8)[0],
+        "int8": uniform_plan(graph, "int8", int8_weight_bits())[0],
         "mixed": CompressionPlan(layers={name: plan for name, plan in mixed.items() if plan != LayerPlan()}),
     }
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from autocompress.errors import UsageError, unknown_name
 from autocompress.plan import FLOAT16, FLOAT32, Compute, LayerPlan, NumFormat
-from autocompress.runtime.cpu import needs_reduced_range
+from autocompress.runtime.cpu import int8_weight_bits
 
 COMPUTES: tuple[Compute, ...] = ("int8", "fp32", "fp16", "int8_dynamic", "weight_only")
 """What a layer can be asked to compute in."""
@@ -159,7 +159,7 @@ def _compute(given: str, origin: str) -> Compute:
 def _bits(compute: Compute, given: int | None, origin: str) -> int:
     allowed = WEIGHT_BITS[compute]
     if given is None:
-        return 7 if compute in ("int8", "int8_dynamic") and needs_reduced_range() else allowed[-1]
+        return int8_weight_bits() if compute in ("int8", "int8_dynamic") else allowed[-1]
     if given not in allowed:
         listed = ", ".join(map(str, allowed))
         raise UsageError(f"{origin}: weights of {given} bits under {compute}; it takes {listed}")

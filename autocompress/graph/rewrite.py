@@ -45,25 +45,44 @@ def _regroup(layer: Layer, graph: ModelGraph, sizes: Mapping[str, list[int]]) ->
     return layer
 
 
-def slice_weights(
-    graph: ModelGraph, weights: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The weights that remain when each group keeps the channels ``kept[group]`` (int64 indices, ascending)."""
+Slices = dict[str, list[tuple[int, torch.Tensor]]]
+"""For a stored tensor, the indices (int64, ascending) that remain along each axis that lost some."""
+
+
+def slices_of(graph: ModelGraph, kept: Mapping[str, torch.Tensor]) -> Slices:
+    """What remains of each stored tensor when each group keeps the channels ``kept[group]`` (int64, ascending)."""
     chosen: dict[tuple[str, int], torch.Tensor] = {}
     for group in graph.groups:
         if group.id not in kept or len(kept[group.id]) == group.size:
             continue
         stays = torch.zeros(group.size, dtype=torch.bool)
-        stays[kept[group.id]] = True
+        stays[kept[group.id].cpu()] = True
         for member in group.members:
             if member.role == "activation":
                 continue
             key = (member.tensor, member.axis)
             if key not in chosen:
-                chosen[key] = torch.ones(weights[member.tensor].shape[member.axis], dtype=torch.bool)
+                chosen[key] = torch.ones(graph.tensors[member.tensor].shape[member.axis], dtype=torch.bool)
             places = slice(member.offset, member.offset + group.size * member.repeat)
             chosen[key][places] = stays.repeat_interleave(member.repeat) if member.repeat > 1 else stays
-    result = dict(weights)
+    found: Slices = {}
     for (name, axis), mask in chosen.items():
-        result[name] = result[name].index_select(axis, mask.nonzero().flatten().to(result[name].device))
+        found.setdefault(name, []).append((axis, mask.nonzero().flatten()))
+    return found
+
+
+def take(weight: torch.Tensor, slices: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """The part of a tensor that remains; gradients flow back to the whole."""
+    for axis, index in slices:
+        weight = weight.index_select(axis, index.to(weight.device))
+    return weight
+
+
+def slice_weights(
+    graph: ModelGraph, weights: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The weights that remain when each group keeps the channels ``kept[group]`` (int64 indices, ascending)."""
+    result = dict(weights)
+    for name, slices in slices_of(graph, kept).items():
+        result[name] = take(result[name], slices)
     return result

@@ -76,7 +76,8 @@ class KernelCost(Value):
     def of(cls, coefficients: Sequence[float], samples: int = 0, mape: float = 0.0) -> KernelCost:
         """From coefficients in the order of ``kernels.FEATURES``, kept to five digits."""
         names = list(cls.model_fields)[: len(coefficients)]
-        rounded = {name: float(f"{value:.5g}") for name, value in zip(names, coefficients, strict=True)}
+        # A class of which too little was measured can come out absurd: a bad price is better than no profile.
+        rounded = {name: float(f"{min(value, ABSURD_US):.5g}") for name, value in zip(names, coefficients, strict=True)}
         return cls.model_validate({**rounded, "samples": samples, "mape": mape})
 
 

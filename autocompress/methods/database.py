@@ -16,7 +16,7 @@ from autocompress.graph.rewrite import rewrite, slice_weights
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.linear import NestedRefits, refit
 from autocompress.methods.quantization import activation_formats, assign_ranges, weight_axis
-from autocompress.methods.rounding import round_to_nearest, round_with_compensation, row_scales
+from autocompress.methods.rounding import FINE_BITS, round_to_nearest, round_with_compensation, row_scales
 from autocompress.methods.saliency import channel_orders, columns_of, group_readers
 from autocompress.methods.statistics import CalibrationStatistics, choose_range, from_matrix, weight_matrix
 from autocompress.plan import CompressionPlan, Group, Layer, LayerPlan, Member, ModelGraph
@@ -117,7 +117,7 @@ class LayerDatabase:
         if bits >= 32:
             return weight, bias, torch.ones(weight.shape[0])
         scales = row_scales(weight, bits)
-        if bits >= 8 or hessian is None or not has_bias:
+        if bits >= FINE_BITS or hessian is None or not has_bias:
             return round_to_nearest(weight, scales, bits), bias, scales
         weight, bias = round_with_compensation(weight, bias, hessian, scales, bits)
         return weight, bias, scales

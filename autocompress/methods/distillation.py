@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autocompress.graph.executor import GraphModule
+from autocompress.layout import laid_out, training_layout
 from autocompress.plan import Recipe
 from autocompress.progress import Progress
 from autocompress.tasks.splits import TensorSplit
@@ -88,7 +89,7 @@ def teach(
                 for start in starts:
                     inputs = split.batch(slice(start, start + batch_size)).inputs[0]
                     inputs = inputs.flip(-1) if flipped else inputs
-                    outputs.append(teacher(_fast_layout(inputs)).float())
+                    outputs.append(teacher(laid_out(inputs, torch.channels_last)).float())
                     progress.advance()
                 views.append(torch.cat(outputs))
                 if captured:
@@ -96,10 +97,6 @@ def teach(
     finally:
         teacher.taps = original
     return TeacherData(split, torch.stack(views), torch.stack(kept) if kept else None)
-
-
-def _fast_layout(inputs: torch.Tensor) -> torch.Tensor:
-    return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
 
 
 def similarity_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -180,7 +177,8 @@ def distill(
 
         module.taps[name] = capture
     module.train()
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layout = training_layout(module.graph)
+    module.to(memory_format=layout)  # type: ignore[call-overload]
     started = time.monotonic()
     taken = 0
     try:
@@ -190,10 +188,10 @@ def distill(
             if part >= 1.0 or taken >= steps:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * _schedule(part)
+                group["lr"] = learning_rate * schedule(part)
             seen.clear()
             with autocast_context() if mixed_precision else nullcontext():
-                outputs = module(_fast_layout(inputs))
+                outputs = module(laid_out(inputs, layout))
             loss = distillation_loss(outputs.float(), targets, logits, recipe, task_loss)
             if seen:
                 loss = loss + recipe.feature_weight * similarity_loss(seen[0].float(), features)
@@ -216,7 +214,7 @@ def distill(
     return taken
 
 
-def _schedule(part: float) -> float:
+def schedule(part: float) -> float:
     """Linear warm-up over the first tenth, then a cosine to zero."""
     if part < 0.1:
         return 0.1 + 9.0 * part
@@ -227,7 +225,7 @@ def mixed_precision_pays(module: GraphModule, inputs: torch.Tensor) -> bool:
     """Times a training step both ways: narrow layers are often slower in bfloat16 than in float32."""
     taken = {}
     module.train()
-    inputs = _fast_layout(inputs)
+    inputs = laid_out(inputs, training_layout(module.graph))
     for mixed in (False, True, False, True):
         started = time.perf_counter()
         with autocast_context() if mixed else nullcontext():

@@ -11,6 +11,9 @@ BLOCK = 128
 CHUNK = 1 << 20
 """Weights looked at together when scales are chosen: what a processor's cache holds."""
 
+FINE_BITS = 7
+"""From so many bits on a format is fine enough to be rounded to as it is: no compensation, no training."""
+
 DEAD_ROW = 1e-3
 """A row whose largest weight is below this share of the layer's is held on the layer's grid."""
 

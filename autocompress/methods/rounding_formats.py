@@ -8,6 +8,10 @@ from autocompress.errors import UsageError
 from autocompress.methods.rounding import integer_range, round_to_nearest, row_scales
 from autocompress.plan import NumFormat
 
+TABLE_LIMIT = 63
+"""The largest integer in a table: products of it are exact on every processor (see ``runtime.cpu``), and a table of few
+values loses nothing by a coarser grid."""
+
 TABLE_STEPS = 25
 """Rounds of Lloyd's algorithm for a table of values; it has settled by then."""
 
@@ -15,7 +19,7 @@ TABLE_STEPS = 25
 def format_scales(weight: torch.Tensor, storage: NumFormat) -> torch.Tensor:
     """The scales of ``[rows, columns]`` in an affine or codebook format: ``[rows]``, or ``[rows, blocks]``."""
     if storage.scheme == "codebook":
-        return row_scales(weight, 8)
+        return row_scales(weight, 8) * (127 / TABLE_LIMIT)
     if storage.granularity != "block":
         return row_scales(weight, storage.bits)
     block = storage.block or weight.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -30,3 +31,9 @@ def needs_reduced_range(machine: str | None = None, cpuinfo: Path = CPUINFO) -> 
         return True
     flags = next((line.partition(":")[2].split() for line in text.splitlines() if line.startswith("flags")), [])
     return not _FLAGS_OF_VNNI & set(flags)
+
+
+@cache
+def int8_weight_bits() -> int:
+    """The most bits of int8 weights whose products are exact on this machine: 8, or 7 where sums would saturate."""
+    return 7 if needs_reduced_range() else 8

@@ -13,6 +13,7 @@ from autocompress.graph.blocks import drop_blocks
 from autocompress.graph.executor import build_module
 from autocompress.graph.read import read_model
 from autocompress.methods.distillation import teach
+from autocompress.methods.rounding import FINE_BITS
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Original, Student
 from autocompress.search.bases import Base, build_student, student_specs
 from autocompress.search.context import Context, name_of, priced, prices
@@ -368,4 +369,4 @@ class Climber:
 
 
 def _low_bits(plan: CompressionPlan) -> bool:
-    return any(f.storage.scheme == "affine" and f.storage.bits < 8 for f in plan.layers.values())
+    return any(f.storage.scheme == "affine" and f.storage.bits < FINE_BITS for f in plan.layers.values())

@@ -31,6 +31,7 @@ from autocompress.plan import (
     Student,
     digest_of,
 )
+from autocompress.runtime.cpu import int8_weight_bits
 from autocompress.spaces import SearchSpace
 
 
@@ -59,7 +60,12 @@ class Knob:
 
 
 def format_of(compute: Compute, bits: int) -> LayerPlan:
-    """A layer plan from its two choices; 32 bits are floating point."""
+    """A layer plan from its two choices; 32 bits are floating point.
+
+    Weights that are multiplied as integers have no more bits than this machine's processor multiplies exactly.
+    """
+    if compute == "int8" and bits == 8:
+        bits = int8_weight_bits()
     storage = FLOAT32 if bits == 32 else NumFormat(bits=bits)
     return LayerPlan(compute=compute, storage=storage)
 

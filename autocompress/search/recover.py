@@ -18,6 +18,7 @@ from autocompress.graph.executor import GraphModule
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.distillation import TeacherData, distill, mixed_precision_pays
 from autocompress.methods.recovery import add_norms, fold_norms, quantize_aware, storage_bits
+from autocompress.methods.rounding import FINE_BITS
 from autocompress.plan import CompressionPlan, ModelGraph, Recipe
 from autocompress.progress import Progress
 from autocompress.tasks.base import Task, quality
@@ -116,7 +117,7 @@ class Trainer:
             rate = recipe.learning_rate * QAT_LEARNING_RATE
             self._distill(module, recipe, steps, rate, seconds, progress, scales)
 
-        low_bits = any(storage_bits(plan, layer) < 8 for layer in recovered.graph.compressible)
+        low_bits = any(storage_bits(plan, layer) < FINE_BITS for layer in recovered.graph.compressible)
         return quantize_aware(
             recovered.graph, recovered.weights, plan, self.calibration, train if steps and low_bits else None
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from autocompress.plan import LayerPlan
+from autocompress.runtime.cpu import int8_weight_bits
 from autocompress.search.menu import Knob, Option
 from autocompress.units import format_bytes, format_count, format_ms
 
@@ -121,5 +122,5 @@ def _reason(options: Sequence[Option], item: Dominance, where: str) -> str:
 
 def format_words(form: LayerPlan) -> str:
     """``fp32``, ``int8``, ``int8 with 4-bit weights``."""
-    own = 32 if form.compute == "fp32" else 8
+    own = 32 if form.compute == "fp32" else int8_weight_bits()
     return form.compute if form.storage.bits == own else f"{form.compute} with {form.storage.bits}-bit weights"

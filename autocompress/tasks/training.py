@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from autocompress.layout import laid_out, training_layout_of
 from autocompress.progress import Progress, SilentProgress
 from autocompress.tasks.base import DataSet, correctness, cross_entropy, predict
 from autocompress.tasks.splits import TensorSplit, augment, iterate_batches
@@ -97,7 +98,8 @@ def train(
         progress: is told of every step and of each epoch's loss.
     """
     progress = progress or SilentProgress()
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layout = training_layout_of(model)
+    model.to(memory_format=layout)  # type: ignore[call-overload]
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.SGD(
@@ -120,7 +122,7 @@ def train(
         total = 0.0
         for batch in iterate_batches(split, recipe.batch_size, generator, augmentation):
             assert batch.target is not None
-            images = batch.inputs[0].contiguous(memory_format=torch.channels_last)
+            images = laid_out(batch.inputs[0], layout)
             with autocast_context():
                 outputs = model(images)
             loss = cross_entropy(outputs, batch.target)

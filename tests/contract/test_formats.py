@@ -18,6 +18,7 @@ from autocompress.methods.quantization import affine_parameters
 from autocompress.methods.simulation import build_compressed
 from autocompress.plan import FLOAT16, LayerPlan, ModelGraph, NumFormat
 from autocompress.runtime.base import load_runtime
+from autocompress.runtime.cpu import int8_weight_bits
 from autocompress.runtime.kernels import check_kernels, executed_kernels, optimized_graph
 from autocompress.runtime.session import make_session
 from tests.graphs import GraphMaker, compress
@@ -73,6 +74,8 @@ def test_a_format_runs_as_planned_and_as_simulated(kind: str, plan: LayerPlan) -
     assert check_kernels(compressed, executed_kernels(artifact)) == []
     assert not UNPACKING & {node.op_type for node in optimized_graph(artifact).graph.node}
 
+    if plan.compute.startswith("int8") and plan.storage.scheme == "affine" and plan.storage.bits > int8_weight_bits():
+        pytest.skip("this processor saturates sums of 8-bit products, which is why exports keep to 7 bits here")
     inputs = torch.randn((7, *compressed.graph.tensors["given"].shape), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         expected = build_compressed(compressed)(inputs).numpy()
@@ -158,7 +161,7 @@ def test_a_tensor_that_two_layers_quantize_while_they_run_is_quantized_once() ->
     maker = GraphMaker()
     source = maker.input("given", (4, 64))
     outputs = tuple(maker.matmul(source, 64, name) for name in ("query", "key"))
-    plan = LayerPlan.model_validate({"compute": "int8_dynamic", "storage": {"bits": 8}})
+    plan = LayerPlan.model_validate({"compute": "int8_dynamic", "storage": {"bits": int8_weight_bits()}})
     compressed = compress(maker.build(("given",), outputs), maker.weights, dict.fromkeys(("query", "key"), plan))
     artifact = to_onnx(compressed).SerializeToString()
     report = executed_kernels(artifact)

@@ -14,10 +14,11 @@ from autocompress.errors import UsageError
 from autocompress.export.comparison import compare_tensors, first_departure
 from autocompress.export.onnx import write_onnx
 from autocompress.methods.compressed import CompressedModel
-from autocompress.plan import INT8_WEIGHT, LayerPlan
+from autocompress.plan import LayerPlan, NumFormat
+from autocompress.runtime.cpu import int8_weight_bits
 from tests.graphs import compress, resnet
 
-INT8 = LayerPlan(compute="int8", storage=INT8_WEIGHT)
+INT8 = LayerPlan(compute="int8", storage=NumFormat(bits=int8_weight_bits()))
 
 
 def model(*plans: LayerPlan) -> CompressedModel:

@@ -14,6 +14,7 @@ from autocompress.methods.exact import ExactModule
 from autocompress.methods.post_training import CalibrationOptions, quantize_model, uniform_plan
 from autocompress.methods.quantization import affine_parameters, gates
 from autocompress.methods.simulation import build_compressed
+from autocompress.runtime.cpu import int8_weight_bits
 from autocompress.runtime.onnxruntime import check_kernels, executed_kernels, make_session
 
 PLAIN = CalibrationOptions(ranges="minmax", equalize="off", bias_correction=False, rounding="nearest")
@@ -39,7 +40,7 @@ class Curved(nn.Module):
 
 def quantized(model: nn.Module, inputs: torch.Tensor) -> CompressedModel:
     graph, weights = read_model(model.eval(), (inputs[:2],))
-    return quantize_model(graph, weights, uniform_plan(graph, "int8", 8)[0], [(inputs,)], PLAIN)
+    return quantize_model(graph, weights, uniform_plan(graph, "int8", int8_weight_bits())[0], [(inputs,)], PLAIN)
 
 
 def made(seed: int = 0, **modules: nn.Module) -> tuple[CompressedModel, torch.Tensor]:
@@ -158,7 +159,7 @@ def test_products_of_floats_quantize_them_while_they_run() -> None:
 def test_tables_of_rows_are_stored_in_integers(tmp_path: object) -> None:
     compressed, _ = encoder()
     plan = compressed.plan.layers["words"]
-    assert (plan.compute, plan.storage.bits) == ("fp32", 8)
+    assert (plan.compute, plan.storage.bits) == ("fp32", int8_weight_bits())
     model = to_onnx(compressed)
     tables = [t for t in model.graph.initializer if tuple(t.dims) == (50, 16)]
     assert [len(t.raw_data) for t in tables] == [800]  # one byte a number

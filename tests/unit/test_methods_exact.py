@@ -14,6 +14,7 @@ from autocompress.methods.exact import ExactModule, add_integers, multiply_integ
 from autocompress.methods.post_training import CalibrationOptions, quantize_model, uniform_plan
 from autocompress.methods.simulation import build_compressed
 from autocompress.plan import ModelGraph
+from autocompress.runtime.cpu import int8_weight_bits
 from autocompress.runtime.kernels import check_kernels, executed_kernels
 from autocompress.runtime.session import make_session
 from tests.graphs import GraphMaker, resnet
@@ -49,7 +50,9 @@ def tokens() -> Model:
     return maker.build(("x",), ("out_out",)), maker.weights
 
 
-def quantized(model: Model, bits: int = 8, compute: str = "int8") -> tuple[CompressedModel, torch.Tensor]:
+def quantized(
+    model: Model, bits: int = int8_weight_bits(), compute: str = "int8"
+) -> tuple[CompressedModel, torch.Tensor]:
     graph, weights = model
     data = torch.randn(48, *graph.tensors[graph.inputs[0]].shape, generator=torch.Generator().manual_seed(1))
     plan = uniform_plan(graph, compute, bits)[0]  # type: ignore[arg-type]
@@ -64,7 +67,7 @@ def runtime(compressed: CompressedModel, inputs: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [int8_weight_bits(), 4])
 @pytest.mark.parametrize("make", [lambda: resnet((8, 16), blocks=2, size=12, stem_pool=True), mobile])
 def test_integer_networks_agree_to_the_bit(make: Callable[[], Model], bits: int) -> None:
     compressed, inputs = quantized(make(), bits)

@@ -11,13 +11,14 @@ from autocompress.methods.formats import BLOCKS, CODEBOOKS, describe
 from autocompress.methods.post_training import CalibrationOptions, quantize_model, signal_to_noise_db
 from autocompress.methods.simulation import build_compressed
 from autocompress.plan import FLOAT16, CompressionPlan, LayerPlan, NumFormat
+from autocompress.runtime.cpu import int8_weight_bits
 from autocompress.runtime.kernels import check_kernels, executed_kernels
 from autocompress.runtime.session import make_session
 from tests.graphs import GraphMaker
 
 PLANS = [
     *(LayerPlan(compute="weight_only", storage=storage) for storage in BLOCKS[:3]),
-    *(LayerPlan(compute="int8_dynamic", storage=NumFormat(bits=bits)) for bits in (8, 4)),
+    *(LayerPlan(compute="int8_dynamic", storage=NumFormat(bits=bits)) for bits in (int8_weight_bits(), 4)),
     *(LayerPlan(compute="int8", storage=storage) for storage in (NumFormat(bits=7), CODEBOOKS[0], CODEBOOKS[-2])),
     LayerPlan(storage=FLOAT16),
 ]

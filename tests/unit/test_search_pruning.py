@@ -21,6 +21,7 @@ from tests.fixtures.search import make_device, make_graph, make_menu, make_profi
 
 BOTH = ("latency_ms", "size_bytes")
 FLOAT_ONLY = {"compute": ["fp32"], "weight_bits": [32]}
+INT8_24 = Option(24, format_of("int8", 8)).label
 FORMATS_ONLY = {"keep": [1.0], "compute": ["fp32", "int8"], "weight_bits": [32, 8]}
 
 
@@ -89,14 +90,14 @@ def test_a_type_that_is_slower_only_next_to_another_type_stays() -> None:
         labels = [option.format.compute for option in menu.knobs[place].options]
         plans = [menu.plan([*base[:place], i, *base[place + 1 :]]) for i in range(len(labels))]
         assert labels[int(np.argmin(skeleton.price(plans).latency_ms))] == better
-    assert "24ch-int8-w8" in options(prune(menu, skeleton, ["latency_ms"]), "block.conv1")
+    assert INT8_24 in options(prune(menu, skeleton, ["latency_ms"]), "block.conv1")
 
 
 @pytest.mark.parametrize(("int8", "stays"), [(8.2, True), (8.6, True), (16.0, False)])
 def test_near_ties_stay(int8: float, stays: bool) -> None:
     """A little slower by the model, and the model may be wrong by 15% of what the layer decides."""
     kept = pruned(make_menu(keep=[0.25, 1.0], weight_bits=[32, 8]), made(int8=int8, boundary=0.0), BOTH)
-    assert ("24ch-int8-w8" in options(kept, "block.conv1")) == stays
+    assert (INT8_24 in options(kept, "block.conv1")) == stays
 
 
 def test_no_option_that_leaves_ever_pays() -> None:
@@ -144,7 +145,7 @@ def test_what_cannot_be_priced_stays() -> None:
     profile = made(int8=40.0, boundary=0.0)
     blind = profile.model_copy(update={"kernels": {k: v for k, v in profile.kernels.items() if "conv_int8" not in k}})
     kept = pruned(make_menu(**FORMATS_ONLY), blind)
-    assert "24ch-int8-w8" in options(kept, "block.conv1")
+    assert INT8_24 in options(kept, "block.conv1")
     assert "int8: no faster than fp32" in kept.dropped["fc"]
 
 
