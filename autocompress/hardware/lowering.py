@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autocompress.export.weights import WORD
+from autocompress.export.weights import gathered_channels
 from autocompress.hardware.kernels import (
     LIGHT,
     VIEWS,
@@ -211,7 +211,7 @@ class Lowering(Placement):
         replaced = computes_int8 & self._is_held(step.result)
         unreplaced = computes_int8 & ~replaced
         # The exporter gives an integer convolution a whole word of input channels to gather.
-        words = max(inputs, WORD) if isinstance(inputs, int) and window > 1 and not grouped else inputs
+        words = gathered_channels(inputs, window) if isinstance(inputs, int) and not grouped else inputs
 
         def each(kind: str, mask: Mask) -> None:
             if mask.any():
@@ -222,7 +222,7 @@ class Lowering(Placement):
 
         # int8: NHWC in and out.
         aligned = self._mask(aligned_int8(words, outputs, depthwise)) if depthwise or not grouped else self.none
-        if words is not inputs and replaced.any():
+        if isinstance(inputs, int) and words != inputs and replaced.any():
             widened = light_work("concat_int8", input_positions * inputs, input_positions * words)
             self.emit(source, "concat_int8", widened, replaced, True)
         base = "depthwise" if depthwise else "pointwise" if window == 1 else "conv"

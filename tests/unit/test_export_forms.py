@@ -8,6 +8,7 @@ from torch import nn
 
 from autocompress.export.checkpoint import load_compressed, save_checkpoint
 from autocompress.export.onnx import to_onnx
+from autocompress.export.weights import gathered_channels
 from autocompress.graph.read import read_model
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.exact import ExactModule
@@ -99,6 +100,15 @@ def test_first_layers_read_a_whole_word(channels: int) -> None:
     stored = {tensor.name: tuple(tensor.dims) for tensor in to_onnx(compressed).graph.initializer}
     assert (16, channels, 3, 3) in stored.values()  # what is added is added when the file is loaded
     assert torch.equal(ExactModule(compressed).eval()(inputs), answers(compressed, inputs))
+
+
+@pytest.mark.parametrize(("bits", "large"), [(8, 4), (7, 3)])
+def test_large_windows_are_filled_up_where_products_are_cheap(
+    bits: int, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autocompress.export.weights.int8_weight_bits", lambda: bits)
+    assert [gathered_channels(3, window) for window in (1, 9, 49)] == [3, 4, large]
+    assert gathered_channels(16, 9) == 16
 
 
 def test_other_runtimes_get_standard_operators() -> None:
