@@ -14,7 +14,7 @@ export PIP_PROGRESS_BAR := off
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHECKED := autocompress tests $(wildcard benchmarks)
 
-.PHONY: help install install-test quickstart test lint types contracts format bench-digits bench-fashion bench-budget bench-resume bench-latency bench-export bench-exactness bench-export-cost clean
+.PHONY: help install install-test quickstart test lint types contracts format bench-digits bench-fashion bench-budget bench-resume bench-latency bench-export bench-exactness bench-export-cost bench-search clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | column -t -s "$$(printf '\t')"
@@ -88,6 +88,10 @@ bench-export: install  ## int8 exports of eight networks against onnxruntime's o
 
 bench-exactness: install  ## simulation against file on 10,000 images (and training the originals once)
 	$(BIN)/python -m benchmarks.exactness
+
+bench-search: install  ## the search against simpler ways at equal time, ten minutes a cell; goes on where it stopped
+	$(PIP) install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.search
 
 clean:  ## remove the environment, caches and the quickstart's results
 	rm -rf $(VENV) $(QUICKSTART) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

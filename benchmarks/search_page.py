@@ -1,0 +1,157 @@
+"""The page and the plots of ``make bench-search``, from the figures of its cells."""
+
+from __future__ import annotations
+
+import math
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks.fronts import RESULTS, markdown
+
+FOLDER = RESULTS / "search"
+RIVALS = ("nsga2", "tpe", "sequence", "random", "quantize")
+MARKS_S = (60.0, 150.0, 180.0, 300.0, 600.0)
+"""Times at which the page gives the hypervolume."""
+
+KEYS = ["model", "method", "steps", "seed"]
+BAR = 0.7
+"""Ours leaves at most this share of the best rival's gap to 1."""
+
+LABELS = {
+    "ours": "autocompress",
+    "nsga2": "Optuna NSGA-II",
+    "tpe": "Optuna TPE",
+    "sequence": "prune, then quantize",
+    "random": "random",
+    "quantize": "quantize only (NSGA-II)",
+}
+
+
+def final(known: pd.DataFrame) -> pd.DataFrame:
+    """The last row of each cell."""
+    return known.groupby(KEYS, dropna=False, as_index=False).last() if len(known) else known
+
+
+def at(curve: pd.DataFrame, seconds: float) -> float:
+    """The hypervolume of the front that stood on disk at a time."""
+    before = curve[curve["seconds"] <= seconds]
+    return float(before["hypervolume"].iloc[-1]) if len(before) else 0.0
+
+
+def reached(curve: pd.DataFrame, volume: float) -> float:
+    """Seconds until a hypervolume was reached for good; infinite where it never was."""
+    below = curve["hypervolume"] < volume
+    after = curve[~below[::-1].cummax()[::-1]]
+    return float(after["seconds"].iloc[0]) if len(after) else math.inf
+
+
+def publish(known: pd.DataFrame, folder: Path = FOLDER) -> None:
+    """``README.md`` and one plot a model."""
+    if not len(known):
+        return
+    machines = ", ".join(sorted(known["machine"].unique()))
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime", "optuna"))
+    lines = [
+        "# The search against simpler ways at equal time",
+        "",
+        f"`make bench-search`; {machines}; {packages}; one thread, batch 1, training on two; {known['date'].max()}.",
+        "",
+        "Hypervolume of the delivered front on the test split, as it stood on disk at each time: the share of the box",
+        "(error above the original's, 0 to 10 points; log2 of the speed-up, to 8x; log2 of the shrinkage, to 32x) that",
+        "it dominates.  Times and errors are of the files, measured again after the run.  All methods share the space,",
+        "the database of compressed layers that candidates start from, the recipe, the exporter and the clock.",
+        "",
+    ]
+    for model, part in known.groupby("model"):
+        lines += [f"## {model}", "", markdown(_table(part)), "", *_verdict(part), f"![curves]({model}.svg)", ""]
+        plot(part, folder / f"{model}.svg")
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _curves(part: pd.DataFrame) -> dict[tuple[str, str, int], pd.DataFrame]:
+    found = {}
+    for (method, steps, seed), curve in part.groupby(["method", "steps", "seed"], dropna=False):
+        told = "" if pd.isna(steps) else f"{int(steps)}"
+        found[str(method), told, int(seed)] = curve.sort_values("seconds")
+    return found
+
+
+def _table(part: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for (method, steps, seed), curve in _curves(part).items():
+        budget = float(curve["budget"].iloc[0])
+        marks = {f"{m:.0f} s": f"{at(curve, m):.3f}" if m <= budget else "" for m in MARKS_S}
+        last = curve.iloc[-1]
+        rows.append(
+            {
+                "method": LABELS.get(method, method),
+                "steps a trial": steps,
+                "seed": seed,
+                **marks,
+                "trials": int(last["trials"]),
+                "points": int(last["points"]),
+                "on validation": f"{last['validation_hypervolume']:.3f}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def best_rival(part: pd.DataFrame, seconds: float) -> tuple[str, float] | None:
+    """The rival (method and training length) with the best mean hypervolume at a time, and that mean."""
+    means: dict[tuple[str, str], list[float]] = {}
+    for (method, steps, _), curve in _curves(part).items():
+        if method in RIVALS:
+            means.setdefault((method, steps), []).append(at(curve, seconds))
+    if not means:
+        return None
+    (method, steps), values = max(means.items(), key=lambda item: sum(item[1]) / len(item[1]))
+    return f"{LABELS[method]}{f' with {steps} steps' if steps else ''}", sum(values) / len(values)
+
+
+def _verdict(part: pd.DataFrame) -> list[str]:
+    ours = [curve for (method, _, _), curve in _curves(part).items() if method == "ours"]
+    lines = []
+    for seconds in (180.0, 600.0):
+        rival = best_rival(part, seconds)
+        if rival is None or not ours:
+            return []
+        own = sum(at(curve, seconds) for curve in ours) / len(ours)
+        share = (1 - own) / (1 - rival[1])
+        lines.append(
+            f"- At {seconds:.0f} s: ours {own:.3f}, the best rival ({rival[0]}) {rival[1]:.3f}: {share:.2f} of its gap "
+            f"to 1 is left (bar {BAR}): {'met' if share <= BAR else 'not met'}."
+        )
+    rival = best_rival(part, 600.0)
+    assert rival is not None
+    times = [reached(curve, rival[1]) for curve in ours]
+    told = ", ".join("never" if math.isinf(t) else f"{t:.0f} s" for t in times)
+    met = max(times) <= 150.0
+    lines.append(f"- Its final hypervolume is reached after {told} (bar 150 s): {'met' if met else 'not met'}.")
+    return [*lines, ""]
+
+
+def plot(part: pd.DataFrame, path: Path) -> None:
+    """Hypervolume against time, a line a cell."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    colours: dict[str, str] = {}
+    for (method, steps, seed), curve in _curves(part).items():
+        label = f"{LABELS.get(method, method)}{f', {steps} steps' if steps else ''}"
+        colour = colours.setdefault(label, f"C{len(colours) % 10}")
+        style = {"linewidth": 2.5} if method == "ours" else {"linewidth": 1.2}
+        shown = label if label not in axes.get_legend_handles_labels()[1] else None
+        axes.step(
+            [0.0, *curve["seconds"]], [0.0, *curve["hypervolume"]], where="post", label=shown, color=colour,
+            linestyle="-" if seed == 0 else "--", **style,
+        )  # fmt: skip
+    axes.set(xlabel="seconds", ylabel="hypervolume on test", ylim=(0, 1), title=str(part["model"].iloc[0]))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="lower right")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

@@ -1,0 +1,66 @@
+"""The figures of the search benchmark: what stood when, and which rival is the one to beat."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks import search, search_page
+from benchmarks.search_curves import Scored, volume
+
+
+def curve(method: str, volumes: dict[float, float], seed: int = 0, steps: int | None = None) -> pd.DataFrame:
+    rows = [
+        {"seconds": t, "hypervolume": v, "validation_hypervolume": v, "points": 3} for t, v in sorted(volumes.items())
+    ]
+    facts = {"model": "net", "method": method, "steps": steps, "seed": seed, "budget": 600.0, "trials": 7}
+    return pd.DataFrame(rows).assign(delivered=4, machine="a machine", date="2026-01-01", **facts)
+
+
+def test_what_stood_at_a_time_is_the_last_front_before_it() -> None:
+    rows = curve("ours", {20.0: 0.2, 100.0: 0.5})
+    assert [search_page.at(rows, t) for t in (10.0, 20.0, 99.0, 600.0)] == [0.0, 0.2, 0.2, 0.5]
+
+
+def test_a_volume_is_reached_when_no_later_front_falls_below_it() -> None:
+    rows = curve("ours", {20.0: 0.2, 50.0: 0.6, 60.0: 0.4, 90.0: 0.7})
+    assert search_page.reached(rows, 0.5) == 90.0
+    assert search_page.reached(rows, 0.2) == 20.0
+    assert math.isinf(search_page.reached(rows, 0.8))
+
+
+def test_the_best_rival_is_the_best_mean_over_its_seeds_and_its_best_length() -> None:
+    known = pd.concat(
+        [
+            curve("ours", {10.0: 0.9}),
+            curve("tpe", {10.0: 0.6}, 0, 60), curve("tpe", {10.0: 0.4}, 1, 60),
+            curve("nsga2", {10.0: 0.45}, 0, 0), curve("nsga2", {10.0: 0.55}, 0, 300),
+        ]
+    )  # fmt: skip
+    assert search_page.best_rival(known, 600.0) == ("Optuna NSGA-II with 300 steps", pytest.approx(0.55))
+    assert search_page.best_rival(known, 5.0) is not None
+    assert len(search_page.final(known)) == 5
+
+
+def test_cells_have_names_that_are_read_back_and_none_comes_twice(tmp_path: Path) -> None:
+    every = list(search.cells(pd.DataFrame(columns=search.COLUMNS)))
+    names = [cell.name for cell in every]
+    assert [search.parse(name) for name in names] == every
+    assert len(set(names)) == len(names)
+    out = tmp_path / "run"
+    assert all(str(out) in cell.command(out) and "600s" in cell.command(out) for cell in every)
+
+
+def test_the_length_that_served_a_rival_best_is_taken_for_its_other_seeds() -> None:
+    known = pd.concat([curve("tpe", {10.0: v}, 0, steps) for v, steps in ((0.3, 0), (0.7, 60), (0.5, 300))])
+    assert search.best_steps(known.assign(model="resnet20"), "tpe") == 60
+
+
+def test_a_front_that_is_as_good_as_the_original_and_8x_32x_fills_the_box() -> None:
+    original = Scored(0.9, 0.9, 8.0, 3200)
+    assert volume([Scored(0.9, 0.9, 1.0, 100)], original, "test") == pytest.approx(1.0)
+    assert volume([Scored(0.8, 0.85, 1.0, 100)], original, "test") == pytest.approx(0.5)
+    assert volume([original], original, "test") == pytest.approx(0.0)
