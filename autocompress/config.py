@@ -23,6 +23,9 @@ from autocompress.units import format_duration, parse_count, parse_duration
 OBJECTIVES = ("error", "latency_ms", "size_bytes", "peak_memory_bytes", "energy_mj", "macs")
 """What a front can be drawn over; all are minimised."""
 
+MOST_OBJECTIVES = 4
+"""Hypervolumes are exact up to four axes."""
+
 DEFAULT_TIME_BUDGET_S = 600.0
 
 INVOCATION_KEYS = ("out", "resume", "dry_run")
@@ -100,7 +103,9 @@ class RunConfig(BaseModel):
         None, ge=0, le=100, description="Budget: points of validation quality that may be lost, e.g. 1."
     )
     objectives: tuple[str, ...] = Field(
-        ("error", "latency_ms", "size_bytes"), description="What the front trades off, comma-separated."
+        ("error", "latency_ms", "size_bytes"),
+        description="What the front trades off, comma-separated: one to four of error, latency_ms, size_bytes, "
+        "peak_memory_bytes, energy_mj, macs. Without error, --max-drop says what quality must stay.",
     )
     time_budget: float | None = Field(
         None, gt=0, description="How long to search, e.g. 90s, 10m, 1h30m. 10m where --trials is not given either."
@@ -150,8 +155,8 @@ class RunConfig(BaseModel):
                 raise ValueError(f"unknown objective {name!r}; nearest: {nearest!r}; known: {', '.join(OBJECTIVES)}")
         if len(set(value)) != len(value):
             raise ValueError(f"objectives repeat: {', '.join(value)}")
-        if "error" not in value or len(value) < 2:
-            raise ValueError("objectives need 'error' and at least one cost, e.g. error,latency_ms,size_bytes")
+        if not 1 <= len(value) <= MOST_OBJECTIVES:
+            raise ValueError(f"{len(value)} objectives given; give 1 to {MOST_OBJECTIVES} of {', '.join(OBJECTIVES)}")
         return value
 
     @field_validator("freeze")
@@ -230,6 +235,11 @@ class RunConfig(BaseModel):
             raise ValueError("an image folder says nothing of the model; add --model, e.g. --model resnet18")
         if self.resume and self.out is None:
             raise ValueError("--resume needs the run to go on with: add --out DIR")
+        if "error" not in self.objectives and self.max_drop is None:
+            raise ValueError(
+                f"--objectives {','.join(self.objectives)} has no word on quality: the best would be the emptiest "
+                "network; add --max-drop POINTS, e.g. --max-drop 1, or error to --objectives"
+            )
         return self
 
     # ------------------------------------------------------------------------------------------------- making

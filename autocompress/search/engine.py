@@ -33,7 +33,7 @@ from autocompress.search.context import Context, name_of, priced, prices
 from autocompress.search.deliver import ORIGINAL, UNIFORM_INT8, Delivery
 from autocompress.search.evaluate import StitchedEvaluator
 from autocompress.search.files import Clock, read_json, write_text
-from autocompress.search.ladder import best_gain
+from autocompress.search.gains import Outcome
 from autocompress.search.menu import Menu, complete, format_of
 from autocompress.search.pruning import prune
 from autocompress.search.seeds import FORMATS, Sensitivity, dp_front, measure_sensitivity, uniform_seeds
@@ -262,13 +262,13 @@ class Engine:
         dense = complete(original.graph, CompressionPlan(layers={name: f[0] for name, f in context.formats.items()}))
         plans = [plan for plan in variants(original.graph, original.skeleton, dense, context.formats) if plan != dense]
         base_error = context.evaluator(context.menu.plan(context.menu.uniform(1.0, "fp32", 32))).error
-        rows = [context.box(s.error - base_error, s.costs) for s in scored]
-        present: list[list[float]] = []
+        outcomes = [Outcome(s.error - base_error, s.costs) for s in scored]
+        present: list[Outcome] = []
         for _ in range(min(STITCHED_DELIVERED, len(scored))):
-            index, gain = best_gain(present, rows)
+            index, gain = context.gains.best(present, outcomes)
             if gain <= 1e-4:
                 break
-            present.append(rows[index])
+            present.append(outcomes[index])
             plans.append(scored[index].plan)
         models: list[tuple[CompressionPlan, CompressedModel]] = []
         for plan in plans:
