@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from autocompress import cli_export, cli_hardware
-from autocompress.cli_options import CHECKS_FAILED, INTERRUPTED, AsJson
+from autocompress.cli_options import CHECKS_FAILED, INTERRUPTED, AsJson, interruptible
 from autocompress.cli_options import console as _console
 from autocompress.config import RunConfig, load_config
 from autocompress.errors import AutocompressError, InfeasibleError, UsageError, unknown_name
@@ -124,6 +125,7 @@ def search(
     storage: Annotated[str | None, _flag("storage", metavar="URL")] = None,
     out: Annotated[Path | None, _flag("out", metavar="DIR")] = None,
     resume: Annotated[bool, _flag("resume", "--resume")] = False,
+    reuse: Annotated[Path | None, _flag("reuse", metavar="RUN")] = None,
     dry_run: Annotated[bool, _flag("dry_run", "--dry-run")] = False,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; print only the run directory.")] = False,
@@ -137,6 +139,9 @@ def search(
     autocompress search --task digits --time-budget 2m
     autocompress search --task fashion-mnist --model resnet20 --time-budget 15m --max-drop 1
     autocompress search --task my_module:my_task --max-latency-ms 4 --max-size-mb 5
+    autocompress search --task digits --objectives latency_ms --max-drop 1     the fastest within a point
+    autocompress search --out results/first --resume --time-budget 10m         ten more minutes for a finished run
+    autocompress search --reuse results/first --max-size-mb 0.1 --time-budget 0s     other budgets, at once
     """
     given = {key: value for key, value in locals().items() if key in RunConfig.model_fields}
     config = load_config(config_file, {**given, "resume": resume or None, "dry_run": dry_run or None})
@@ -150,7 +155,8 @@ def search(
 
     config, directory = claim_run_directory(config)
     try:
-        with showing_progress(quiet=quiet or as_json) as progress:
+        # A stop from outside (a scheduler, a closed session) is an interruption like Ctrl-C: the front is kept.
+        with interruptible(signal.SIGTERM), showing_progress(quiet=quiet or as_json) as progress:
             # Reached here, not at the top: it brings torch in.
             from autocompress import api
 

@@ -28,6 +28,7 @@ from autocompress.search.target import searched_costs
 from autocompress.spaces import SearchSpace
 from autocompress.tasks.base import Task
 
+
 @dataclass(frozen=True, eq=False)
 class Context:
     """A run after set-up.

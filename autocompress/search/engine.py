@@ -26,6 +26,7 @@ from autocompress.methods.database import LayerDatabase
 from autocompress.methods.statistics import collect
 from autocompress.plan import CompressionPlan, Front, LayerPlan, Original
 from autocompress.progress import Progress
+from autocompress.search.adoption import best_of, known_elsewhere, note_study
 from autocompress.search.anchoring import calibrate
 from autocompress.search.bases import Base
 from autocompress.search.climb import FINAL_MEASURE_S, MEASURE_S, Climber
@@ -34,6 +35,7 @@ from autocompress.search.deliver import ORIGINAL, UNIFORM_INT8, Delivery
 from autocompress.search.evaluate import StitchedEvaluator
 from autocompress.search.files import Clock, read_json, write_text
 from autocompress.search.gains import Outcome
+from autocompress.search.legs import mark_done
 from autocompress.search.menu import Menu, complete, format_of
 from autocompress.search.pruning import prune
 from autocompress.search.seeds import FORMATS, Sensitivity, dp_front, measure_sensitivity, uniform_seeds
@@ -90,8 +92,10 @@ class Engine:
     ) -> None:
         self.config, self.space, self.task, self.teacher = config, space, task, teacher
         self.profile, self.run, self.clock, self.progress = profile, run, clock, progress
-        self.stages: dict[str, float] = {}
-        self.trials = 0
+        before = read_json(run / "front.json")
+        # A run that goes on accounts for all of its time; a new one that started from another begins at nothing.
+        self.stages: dict[str, float] = {} if before is None else dict(before["search"]["stages"])
+        self.trials = 0 if before is None else int(before["search"]["trials"])
         self.present = is_present(config, profile)
         self.limits = limits_of(config, profile)
         target = target_of(config, profile)
@@ -105,6 +109,11 @@ class Engine:
         Raises:
             InfeasibleError: no model keeps the budgets.
         """
+        if ORIGINAL in self.delivery.points:
+            # What is known already is a front, before anything is read.
+            if self.config.time_budget == 0:
+                return self._complete()
+            self._publish("running")
         context = self._set_up()
         with self._stage("search"):
             scored = self._search(context)
@@ -116,7 +125,11 @@ class Engine:
             points, _ = self.delivery.select()
             # Together, so that the figures of one table are comparable.
             self.delivery.measure([*(p.id for p in points), UNIFORM_INT8], FINAL_MEASURE_S, self.progress)
+        return self._complete()
+
+    def _complete(self) -> Front:
         front = self._publish("complete")
+        mark_done(self.run)
         self.delivery.require_feasible(front)
         return front
 
@@ -216,11 +229,14 @@ class Engine:
         """Optuna over stitched candidates, from the seeds on; gives every distinct plan that was evaluated."""
         costs = context.costs
         study = PlanStudy(context.storage, context.menu, costs, context.hard, self.config.seed)
-        finished = self.run / ".work" / "search-done.json"
-        if read_json(finished) is None:
+        if not self._searched():
             if study.trials == 0:
+                known = known_elsewhere(study, context.storage, self.run, self.config.seed, context.original.skeleton)
+                study.enqueue(item.choices for item in best_of(known, costs))
                 self._enqueue_seeds(context, study, costs)
-            total = self.config.trials
+                study.adopt(known)
+            note_study(self.run, study.name, self.config.seed)
+            total = None if self.config.trials is None else self.config.trials + study.adopted
             limited = math.isfinite(self.clock.left)
             deadline = self.clock.spent + SEARCH_SHARE * self.clock.left if limited else math.inf
             self.progress.stage("search", total)
@@ -231,9 +247,19 @@ class Engine:
                     context.note_time()
                     self.clock.save()
             write_text(self.run / "trials.csv", study.table().to_csv(index=False))
-            write_text(finished, json.dumps(study.trials))
+            write_text(self._search_done, json.dumps({"leg": self.clock.leg, "trials": study.trials}))
         self.trials = study.trials
         return study.scored()
+
+    @property
+    def _search_done(self) -> Path:
+        return self.run / ".work" / "search-done.json"
+
+    def _searched(self) -> bool:
+        """Whether this leg of the run has had its share of stitched candidates."""
+        done = read_json(self._search_done)
+        leg = done["leg"] if isinstance(done, dict) else 1
+        return done is not None and bool(leg >= self.clock.leg)
 
     def _enqueue_seeds(self, context: Context, study: PlanStudy, costs: tuple[str, ...]) -> None:
         sensitivity = self._sensitivity(context)
@@ -246,12 +272,15 @@ class Engine:
             study.enqueue(dp_front(context.menu, sensitivity, price))
 
     def _sensitivity(self, context: Context) -> Sensitivity:
-        path = self.run / ".work" / "sensitivity.json"
+        path, knobs = self.run / ".work" / "sensitivity.json", context.menu.knobs
         stored = read_json(path)
-        if stored is not None and [len(row) for row in stored] == [len(k.options) for k in context.menu.knobs]:
-            return Sensitivity(tuple(np.array(row) for row in stored))
+        labels = {knob.name: [option.label for option in knob.options] for knob in knobs}
+        # By label: a run may have started from one whose menu held other options.
+        if isinstance(stored, dict) and all(set(own) <= stored.get(name, {}).keys() for name, own in labels.items()):
+            return Sensitivity(tuple(np.array([stored[name][label] for label in own]) for name, own in labels.items()))
         found = measure_sensitivity(context.menu, context.evaluator.quick, self.progress)
-        write_text(path, json.dumps([row.tolist() for row in found.divergence]))
+        rows = zip(labels.items(), found.divergence, strict=True)
+        write_text(path, json.dumps({name: dict(zip(own, row.tolist(), strict=True)) for (name, own), row in rows}))
         return found
 
     # ------------------------------------------------------------------------------------------------- delivery
