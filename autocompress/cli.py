@@ -229,9 +229,13 @@ def pick(
 ) -> None:
     """Pick one model of a run: the best one that meets the budgets.
 
+    All models that the run delivered are looked at, also those that its own budgets or objectives kept off the front,
+    as long as its .work folder is there. The run's budgets hold unless another one is given for the same thing.
+
     \b
     autocompress pick results/quickstart --max-latency-ms 0.2 --copy-to my-model
     """
+    from autocompress.delivered import copy_model, delivered_points, why_not_on_the_front
     from autocompress.front import PREFERENCES, load_front
     from autocompress.report.describe import gains_text
     from autocompress.units import parse_count
@@ -256,16 +260,22 @@ def pick(
         point = front.knee()
     else:
         try:
-            point = front.best(**budgets, prefer=cast("Preference | None", prefer))
+            point = front.best(
+                **budgets, prefer=cast("Preference | None", prefer), among=delivered_points(front)
+            )
         except InfeasibleError as error:
             if as_json:
                 typer.echo(_infeasible_json(error))
             raise
-    path = point.path if copy_to is None else _copy(point.path, copy_to)
+    path = point.path if copy_to is None else copy_model(point, copy_to)
+    reason = why_not_on_the_front(front, point)
     if as_json:
-        typer.echo(json.dumps({**point.info.model_dump(mode="json"), "path": str(path)}, indent=1))
+        facts = {"path": str(path), "on_front": reason is None, "not_on_front_because": reason}
+        typer.echo(json.dumps({**point.info.model_dump(mode="json"), **facts}, indent=1))
         return
     typer.echo(f"{point.id}: {gains_text(point)}, drop {point.drop:.2f} points")
+    if reason is not None:
+        typer.echo(f"delivered, but not on the run's front: {reason}")
     typer.echo(str(path / point.onnx_path.name))
 
 
@@ -430,15 +440,3 @@ def _say_interrupted(directory: Path) -> None:
         markup=False,
         soft_wrap=True,
     )
-
-
-def _copy(source: Path, target: Path) -> Path:
-    import shutil
-
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"--copy-to: {str(target)!r} exists and is not empty; choose a new folder")
-    try:
-        shutil.copytree(source, target, dirs_exist_ok=True)
-    except (OSError, shutil.Error) as error:
-        raise UsageError(f"--copy-to: cannot copy {source} to {target}: {error}") from error
-    return target

@@ -23,14 +23,14 @@ from autocompress.front import error_of, latency_of, points_frame
 from autocompress.hardware.profile import cpu_description
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.simulation import build_compressed
-from autocompress.plan import Estimate, Front, FrontPoint, Latency, Quality, SearchSummary, Target
+from autocompress.plan import Estimate, Front, FrontPoint, Latency, Quality, SearchSummary, SplitGap, Target
 from autocompress.progress import Progress, SilentProgress
 from autocompress.runtime.base import run_batches, runtime_here
 from autocompress.runtime.kernels import check_kernels
 from autocompress.runtime.timing import LatencyStats, measure_latency
 from autocompress.search.files import read_json, write_text
 from autocompress.search.membership import apart_mask, front_mask
-from autocompress.search.scoring import Scores, front_hypervolume, interval, paired_drop, ties
+from autocompress.search.scoring import Scores, front_hypervolume, interval, paired_drop, split_gap, ties
 from autocompress.search.target import BANDED
 from autocompress.tasks.base import Task
 
@@ -336,6 +336,7 @@ class Delivery:
                 seconds=seconds,
                 hypervolume=front_hypervolume(self.task.metric, reference, points, self.objectives),
                 stages=dict(stages),
+                split_gap=self._split_gap(points),
             ),
         )
         write_text(self.run / "front.json", front.model_dump_json(by_alias=True, indent=1))
@@ -346,6 +347,10 @@ class Delivery:
             if folder.name not in keep:
                 shutil.rmtree(folder)
         return front
+
+    def _split_gap(self, points: Sequence[FrontPoint]) -> SplitGap | None:
+        known = [p.id for p in points if (p.id, "test") in self._scores]
+        return split_gap(*([self._scores[name, split] for name in known] for split in ("validation", "test")))
 
     def _place(self, point: FrontPoint) -> None:
         """Puts a model's files under ``models/``; a folder that appears there is whole."""

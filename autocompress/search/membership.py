@@ -42,13 +42,15 @@ def apart_mask(values: Array, errors: Sequence[float], standing: Sequence[bool])
     """Which points of a front to keep so that no two lie within 2% of each other on every objective.
 
     Those that stand on the published front go before the others, and the earlier before the later: a front that was
-    published loses no point to one that is a little worse somewhere.  A single objective lets points count as apart
-    that differ in quality.
+    published loses no point to one that is a little worse somewhere.  Of a single objective the best value goes first,
+    and points count as apart that differ in quality.
     """
     if len(values) == 0:
         return np.zeros(0, dtype=bool)
-    table = values if values.shape[1] > 1 else np.column_stack([values, errors])
-    order = np.argsort(~np.asarray(standing, dtype=bool), kind="stable")
+    if values.shape[1] > 1:
+        table, order = values, np.argsort(~np.asarray(standing, dtype=bool), kind="stable")
+    else:
+        table, order = np.column_stack([values, errors]), np.argsort(values[:, 0], kind="stable")
     mask = np.zeros(len(values), dtype=bool)
     mask[order] = distinct_mask(table[order], ALIKE)
     return mask
