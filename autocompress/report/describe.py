@@ -165,15 +165,19 @@ def split_gap_text(front: LoadedFront) -> str:
     scale = points_per_unit(metric)
     unit = "points" if metric.unit == "fraction" else metric.unit
 
-    def spelled(value: float, by_chance: tuple[float, float] | None) -> str:
-        chance = "" if by_chance is None else f" (chance alone: {by_chance[0] * scale:+.2f} to {by_chance[1] * scale:+.2f})"
-        return f"{value * scale:+.2f}{f' {unit}' if unit else ''}{chance}"
+    def spelled(value: float, word: str, by_chance: tuple[float, float] | None) -> str:
+        chance = ""
+        if by_chance is not None:
+            chance = f" (chance alone: {by_chance[0] * scale:+.2f} to {by_chance[1] * scale:+.2f})"
+        return f"{value * scale:+.2f} {unit}".rstrip() + word + chance
 
     differences = [point.validation - point.test for point in points]
-    mean = spelled(sum(differences) / len(differences), gap and gap.mean_by_chance)
-    over = "the point" if len(points) == 1 else f"the {len(points)} points: {mean} on average,"
-    most = spelled(max(differences), gap and gap.largest_by_chance)
-    return f"Validation minus test {metric.name} over {over} {most}{'' if len(points) == 1 else ' at most'}."
+    head = f"Validation minus test {metric.name}"
+    if len(points) == 1:
+        return f"{head}: {spelled(differences[0], '', gap and gap.mean_by_chance)}."
+    mean = spelled(sum(differences) / len(differences), " on average", gap and gap.mean_by_chance)
+    most = spelled(max(differences), " at most", gap and gap.largest_by_chance)
+    return f"{head} over the {len(points)} points: {mean}, {most}."
 
 
 def tied_text(names: Sequence[str], most: int = 2) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -211,9 +212,9 @@ def test_a_front_of_other_objectives(run: Run, cli: CommandLine, tmp_path: Path,
     shown = cli("show", path)
     assert shown.code == 0
     assert all(point.id in shown.out for point in front.points)
-    assert "Validation minus test accuracy over the" in shown.out
+    assert "Validation minus test accuracy" in shown.out
     assert cli("pick", path, "--prefer", "knee").code == 0
-    assert "Validation minus test accuracy over the" in (path / "report.html").read_text(encoding="utf-8")
+    assert "Validation minus test accuracy" in (path / "report.html").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- test data, signals
@@ -243,7 +244,7 @@ def test_a_stop_from_outside_keeps_the_front(run: Run, cli: CommandLine, tmp_pat
     process = cli.start("search", *cli.own_task, "--trials", "48", "--seed", "0", "--out", path)
     try:
         while process.poll() is None and not (path / "front.json").is_file():
-            pass
+            time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
     finally:
