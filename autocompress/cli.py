@@ -260,9 +260,7 @@ def pick(
         point = front.knee()
     else:
         try:
-            point = front.best(
-                **budgets, prefer=cast("Preference | None", prefer), among=delivered_points(front)
-            )
+            point = front.best(**budgets, prefer=cast("Preference | None", prefer), among=delivered_points(front))
         except InfeasibleError as error:
             if as_json:
                 typer.echo(_infeasible_json(error))

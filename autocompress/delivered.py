@@ -25,7 +25,11 @@ def delivered_points(front: LoadedFront) -> tuple[Point, ...]:
     shown = {point.id for point in (front.reference, *front.baselines, *front.points)}
     others = []
     for path in sorted((front.path / ".work" / "models").glob("*/metrics.json")):
-        if path.parent.name in shown or not all((path.parent / name).is_file() for name in FILES):
+        if (
+            path.parent.name in shown
+            or path.parent.suffix == ".part"
+            or not all((path.parent / name).is_file() for name in FILES)
+        ):
             continue
         try:
             info = FrontPoint.model_validate(json.loads(path.read_text(encoding="utf-8"))["point"])

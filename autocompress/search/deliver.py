@@ -82,7 +82,11 @@ class Delivery:
             self.standing = frozenset(point["id"] for point in published["points"])
         for path in sorted(self._work.glob("*/metrics.json")):
             facts = json.loads(path.read_text(encoding="utf-8"))
-            self.points[path.parent.name] = FrontPoint.model_validate(facts["point"])
+            point = FrontPoint.model_validate(facts["point"])
+            # A process that was stopped between stamping a file and noting it left the file a few bytes longer.
+            stamped = (path.parent / "model.onnx").stat().st_size
+            size = point.size_bytes + stamped - facts.get("artifact_bytes", stamped)
+            self.points[path.parent.name] = point.model_copy(update={"size_bytes": size})
             self.uppers[path.parent.name] = facts["latency_upper_ms"]
             self.bounds[path.parent.name] = facts.get("bounds", {})
             for split in ("validation", "test"):
@@ -219,6 +223,7 @@ class Delivery:
             "point": self.points[name].model_dump(mode="json"),
             "latency_upper_ms": self.uppers[name],
             "bounds": self.bounds.get(name, {}),
+            "artifact_bytes": artifact.stat().st_size,
         }
         write_text(self._work / name / "metrics.json", json.dumps(facts))
 

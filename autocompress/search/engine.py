@@ -117,8 +117,9 @@ class Engine:
         context = self._set_up()
         with self._stage("search"):
             scored = self._search(context)
-        with self._stage("first points"):
-            self._deliver_stitched(context, scored)
+        if self.clock.leg == 1 or self.clock.left > 0:
+            with self._stage("first points"):
+                self._deliver_stitched(context, scored)
         with self._stage("recover"):
             Climber(context, context.repriced(scored)).climb()
         with self._stage("measure"):
@@ -302,18 +303,19 @@ class Engine:
         models: list[tuple[CompressionPlan, CompressedModel]] = []
         for plan in plans:
             costs = prices(original.skeleton, plan)
-            if all(costs[name] <= limit for name, limit in context.hard.items()):
+            known = name_of(plan) in self.delivery.points
+            if not known and all(costs[name] <= limit for name, limit in context.hard.items()):
                 models.append((plan, context.evaluator.build(plan)))
         for plan, compressed in models:
             self.delivery.add(name_of(plan), compressed, original.skeleton.estimate(priced(plan)))
-        names = [name_of(plan) for plan, _ in models]
-        self.delivery.measure(names, MEASURE_S)
-        self._publish("running")
+        if models:
+            self.delivery.measure([name_of(plan) for plan, _ in models], MEASURE_S)
+            self._publish("running")
         # From here on, and from each structure that is recovered, prices follow what was measured.  The study before
         # saw the anchors alone: its values would not be comparable otherwise.
         if context.feedback is not None:
             context.feedback.apply()
-        context.learn([UNIFORM_INT8, *names])
+        context.learn([UNIFORM_INT8, *(name_of(plan) for plan in plans)])
 
     def _publish(self, status: Literal["running", "complete"]) -> Front:
         self.clock.save()

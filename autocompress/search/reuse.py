@@ -44,7 +44,7 @@ _WORDS = {
     "data": "the data",
     "space": "the search space or --freeze",
     "hardware": "the target",
-    "machine": "the machine that measured, or its runtime's version",
+    "machine": "the machine (its profile, or the runtime's version)",
     "threads": "the threads",
     "batch": "the batch",
 }
@@ -67,7 +67,9 @@ class Identity:
     @classmethod
     def of(cls, config: RunConfig, space: SearchSpace, task: Task, profile: HardwareProfile) -> Identity:
         """Of the run that a configuration describes."""
-        measured = profile.provenance.cpu if isinstance(profile, FittedProfile) else ""
+        device = (
+            profile.provenance.cpu if isinstance(profile, FittedProfile) else digest_of(profile.model_dump(mode="json"))
+        )
         return cls(
             task=task.name,
             model=task.model_name,
@@ -75,7 +77,7 @@ class Identity:
             data=task.fingerprint,
             space=digest_of([space.model_dump(mode="json", exclude={"description"}), sorted(config.freeze)]),
             hardware=config.hardware,
-            machine=f"{measured} {profile.runtime} {profile.runtime_version}".strip(),
+            machine=f"{device}; {profile.runtime} {profile.runtime_version}",
             threads=config.threads,
             batch=config.batch,
         )

@@ -48,10 +48,10 @@ def snapshot(run: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def longer(run: Run, cli: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """The finished run with twenty seconds more."""
+    """The finished run with three quarters of a minute more."""
     path = tmp_path_factory.mktemp("longer") / "run"
     shutil.copytree(run.path, path)
-    return path, cli("search", "--out", path, "--resume", "--time-budget", "20s")
+    return path, cli("search", "--out", path, "--resume", "--time-budget", "45s")
 
 
 def test_more_time_finds_more_and_loses_nothing(run: Run, longer: tuple[Path, Result]) -> None:
@@ -65,11 +65,11 @@ def test_more_time_finds_more_and_loses_nothing(run: Run, longer: tuple[Path, Re
     assert recovered > {file.name for file in (run.path / ".work" / "recovered").iterdir()}
     assert delivered(path) > delivered(run.path)
     assert leftovers(path) == []
-    # Timed together, what both fronts hold says the same of the old points as of the new ones.
+    # By what was measured last, but for points that new timings have brought within 2% of each other.
     now = {name: point for name, point in measured(path).items() if name in delivered(run.path)}
     old = [now[point.id] for point in before.points]
     volume = front_hypervolume(after.front.metric, after.front.reference, old)
-    assert after.front.search.hypervolume >= volume - 1e-9
+    assert after.front.search.hypervolume >= 0.98 * volume
 
 
 def measured(run: Path) -> dict[str, object]:
@@ -84,7 +84,7 @@ def measured(run: Path) -> dict[str, object]:
 def test_the_time_that_was_added_is_kept_and_accounted_for(run: Run, longer: tuple[Path, Result]) -> None:
     path, _ = longer
     before, after = run.front.front.search, load_front(path).front.search
-    assert 10.0 < after.seconds - before.seconds < 20.0 * 1.1 + 8.0
+    assert 25.0 < after.seconds - before.seconds < 45.0 * 1.1 + 10.0
     assert 0.8 * after.seconds <= sum(after.stages.values()) <= after.seconds + 1.0
 
 
@@ -123,7 +123,16 @@ def test_other_budgets_are_answered_at_once(run: Run, cli: CommandLine, tmp_path
 
 def test_what_nobody_keeps_names_the_nearest_of_all(run: Run, cli: CommandLine, tmp_path: Path) -> None:
     result = cli(
-        "search", "--reuse", run.path, "--max-size-mb", "0.0001", "--time-budget", "0s", "--out", tmp_path / "r", "--json"
+        "search",
+        "--reuse",
+        run.path,
+        "--max-size-mb",
+        "0.0001",
+        "--time-budget",
+        "0s",
+        "--out",
+        tmp_path / "r",
+        "--json",
     )
     assert result.code == 3
     nearest = json.loads(result.out)["nearest"]

@@ -225,5 +225,5 @@ def test_the_configuration_of_a_run_that_reused_another_stands_alone(tmp_path: P
     assert load_config(tmp_path / "second" / "config.yaml").task == "fashion-mnist"
     resumed = load_config(flags={"out": tmp_path / "second", "resume": True})
     assert resumed.reuse == first
-    with pytest.raises(UsageError, match="--reuse: .* differs from"):
+    with pytest.raises(UsageError, match=r"--reuse: .* differs from"):
         load_config(flags={"out": tmp_path / "second", "resume": True, "reuse": tmp_path / "gone"})

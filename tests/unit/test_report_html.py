@@ -147,9 +147,7 @@ def test_the_gap_between_validation_and_test_stands_beside_chance(tmp_path: Path
         point.model_copy(update={"quality": point.quality.model_copy(update={"validation": v, "test": t})})
         for point, (v, t) in zip(front.points, scores, strict=True)
     )
-    front = front.model_copy(
-        update={"points": points, "search": front.search.model_copy(update={"split_gap": gap})}
-    )
+    front = front.model_copy(update={"points": points, "search": front.search.model_copy(update={"split_gap": gap})})
     loaded = load_front(build_run(tmp_path / "run", front))
     text = split_gap_text(loaded)
     assert text == (

@@ -376,6 +376,19 @@ def test_predictions_are_taken_up_again(tmp_path: Path) -> None:
     assert (again.uppers["a"], again.bounds["a"]) == (pytest.approx(0.36), {"energy_mj": 1.3})
 
 
+def test_a_stop_between_a_file_and_its_metrics_leaves_the_size_true(tmp_path: Path) -> None:
+    made = delivery(tmp_path, point("a", 0.93, 0.5, 100_000))
+    for name in (ORIGINAL, "a"):
+        made._save(name)
+        for split in ("validation", "test"):
+            np.save(tmp_path / ".work" / "models" / name / f"{split}.npy", np.ones(4, dtype=np.float32))
+    artifact = tmp_path / ".work" / "models" / "a" / "model.onnx"
+    artifact.write_bytes(artifact.read_bytes() + b" " * 12)
+    again = Delivery(tmp_path, made.task, TARGET, made.objectives, {}, seed=0)
+    assert again.points["a"].size_bytes == made.points["a"].size_bytes + 12
+    assert again.points[ORIGINAL].size_bytes == made.points[ORIGINAL].size_bytes
+
+
 def test_infeasible_predictions_say_that_they_are(tmp_path: Path) -> None:
     made = absent(tmp_path, point("a", 0.9, None, 100_000, predicted=0.5), limits={"latency_ms": 0.2})
     with pytest.raises(InfeasibleError, match=r"nearest: a with 0\.5 ms predicted, .* breaks latency_ms by 200\.0%"):

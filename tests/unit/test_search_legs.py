@@ -44,7 +44,8 @@ def test_a_run_begins_with_its_whole_budget(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "budget"), [({}, 60.0), ({"time_budget": "1m"}, 60.0), ({"time_budget": "2m"}, 120.0), ({"trials": 9}, 60)]
+    ("flags", "budget"),
+    [({}, 60.0), ({"time_budget": "1m"}, 60.0), ({"time_budget": "2m"}, 120.0), ({"trials": 9}, 60)],
 )
 def test_an_interrupted_run_uses_what_is_left(tmp_path: Path, flags: dict[str, object], budget: float) -> None:
     run = begun(tmp_path / "run", status="running", spent=40.0, time_budget="1m")

@@ -22,7 +22,15 @@ from autocompress.search.study import ADOPTED, PlanStudy
 from tests.fixtures.search import make_menu, make_skeleton
 
 OURS = Identity(
-    task="digits", model="resnet8", weights="w", data="d", space="s", hardware="local", machine="cpu", threads=1, batch=1
+    task="digits",
+    model="resnet8",
+    weights="w",
+    data="d",
+    space="s",
+    hardware="local",
+    machine="cpu",
+    threads=1,
+    batch=1,
 )
 CONFIG = RunConfig.create(task="digits")
 SKELETON = make_skeleton()
@@ -92,7 +100,7 @@ def test_what_a_kill_left_half_done_is_done_again(source: Path, tmp_path: Path) 
         ({"weights": "x"}, "the model's weights differs from"),
         ({"data": "x"}, "the data differs from"),
         ({"space": "x", "threads": 2}, "the search space or --freeze, the threads differ from"),
-        ({"machine": "x"}, "the machine that measured, or its runtime's version differs from"),
+        ({"machine": "x"}, r"the machine \(its profile, or the runtime's version\) differs from"),
     ],
 )
 def test_a_run_of_something_else_is_refused_by_name(source: Path, change: dict[str, object], words: str) -> None:
