@@ -40,10 +40,16 @@ install: $(VENV)/.installed  ## make .venv and install autocompress into it
 
 install-test: $(VENV)/.installed-test  ## the same, with what tests and checks need
 
-# --resume continues an interrupted run, starts one where there is none, and leaves a finished one as it is.
+# --resume starts a run where there is none and goes on with an interrupted one.  A finished one it would give more time,
+# so that is asked first.
 quickstart: install  ## compress the embedded default (digits, resnet8) and say where the report is
-	$(BIN)/autocompress search --task digits --model resnet8 --time-budget $(QUICKSTART_BUDGET) \
-	  --out $(QUICKSTART) --resume
+	@if grep -qs '"status": "complete"' $(QUICKSTART)/front.json; then \
+	  printf 'Finished already; more time for it: %s search --out %s --resume --time-budget %s\n' \
+	    "$(BIN)/autocompress" "$(QUICKSTART)" "$(QUICKSTART_BUDGET)"; \
+	else \
+	  $(BIN)/autocompress search --task digits --model resnet8 --time-budget $(QUICKSTART_BUDGET) \
+	    --out $(QUICKSTART) --resume; \
+	fi
 	@printf '\nThe report: file://%s/report.html\nIn the terminal: %s show %s\n' \
 	  "$(abspath $(QUICKSTART))" "$(BIN)/autocompress" "$(QUICKSTART)"
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from autocompress.config import RunConfig
+from autocompress.config import RunConfig, load_config
 from autocompress.environment import environment_facts
 from autocompress.errors import InfeasibleError, UsageError
 from autocompress.exporting.handle import ExportedModel, load_export
@@ -48,8 +48,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 RUNTIME = "onnxruntime"
-MORE_S = 15.0
-"""A finished run goes on when resumed with at least this many seconds more."""
 
 
 def search(config: RunConfig | None = None, *, progress: Progress | None = None, **options: Any) -> LoadedFront:
@@ -71,17 +69,35 @@ def search(config: RunConfig | None = None, *, progress: Progress | None = None,
     >>> front.best(max_drop=1.0).session()  # doctest: +SKIP
     """
     if config is None:
-        config = RunConfig.create(**options)
+        lent = options.get("reuse") is not None
+        config = load_config(flags=options, name_flag=False) if lent else RunConfig.create(**options)
     elif options:
         raise UsageError("give search either a RunConfig or keywords, not both")
     progress = progress or SilentProgress()
+    from autocompress.search.legs import next_leg, read_leg
+
+    leg = next_leg(config.out, config)
+    if leg is None:
+        assert config.out is not None
+        return _finished_front(config.out)
     prepared = _prepare(config, progress)
-    run, resumed = open_run_directory(config)
+    source = config.reuse
+    if config.out is not None and config.resume and read_leg(config.out) is not None:
+        source = None  # taken up already
+    from autocompress.search import reuse
     from autocompress.search.files import Clock
 
-    clock = Clock(run / ".work" / "spent.json", config.time_budget)
-    if resumed and _is_finished(run, config, clock.left):
-        return _finished_front(run)
+    if source is not None:
+        reuse.check_reusable(config, source, prepared.identity)
+    config = leg.configured(config)
+    run, resumed = open_run_directory(config)
+    if source is None:
+        leg.write(run)
+    else:
+        progress.stage(f"take up {source}")
+        leg = reuse.take_up(source, run, leg.budget_s)
+    prepared.identity.write(run)
+    clock = Clock(run / ".work" / "spent.json", leg.budget_s, leg.began_s, leg.number)
     with _log_to(run / "log.jsonl"):
         logger.info("%s %s", "resumed" if resumed else "started", run)
         from autocompress.search.engine import Engine
@@ -108,13 +124,6 @@ def search(config: RunConfig | None = None, *, progress: Progress | None = None,
     return load_front(run)
 
 
-def _is_finished(run: Path, config: RunConfig, left_s: float) -> bool:
-    """Whether a run ended and there is no more time to spend on it."""
-    if not (run / "front.json").is_file() or load_front(run).front.status != "complete":
-        return False
-    return config.time_budget is None or left_s < MORE_S
-
-
 def _finished_front(run: Path) -> LoadedFront:
     """The front of a run that ended; where it ended without one, that is said again."""
     front = load_front(run)
@@ -138,6 +147,7 @@ def dry_run(config: RunConfig, *, progress: Progress | None = None) -> dict[str,
 class _Prepared:
     def __init__(self, config: RunConfig, progress: Progress) -> None:
         from autocompress.hardware.profile import load_hardware
+        from autocompress.search.reuse import Identity
         from autocompress.search.target import check_known
         from autocompress.spaces import load_space
 
@@ -149,6 +159,7 @@ class _Prepared:
             config.hardware, config.threads, config.batch, runtime=config.runtime, progress=progress
         )
         check_known(config, self.profile)
+        self.identity = Identity.of(config, self.space, self.task, self.profile)
 
 
 def task_of(config: RunConfig, progress: Progress) -> Task:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from autocompress import cli_export, cli_hardware
-from autocompress.cli_options import CHECKS_FAILED, INTERRUPTED, AsJson
+from autocompress.cli_options import CHECKS_FAILED, INTERRUPTED, AsJson, interruptible
 from autocompress.cli_options import console as _console
 from autocompress.config import RunConfig, load_config
 from autocompress.errors import AutocompressError, InfeasibleError, UsageError, unknown_name
@@ -124,6 +125,7 @@ def search(
     storage: Annotated[str | None, _flag("storage", metavar="URL")] = None,
     out: Annotated[Path | None, _flag("out", metavar="DIR")] = None,
     resume: Annotated[bool, _flag("resume", "--resume")] = False,
+    reuse: Annotated[Path | None, _flag("reuse", metavar="RUN")] = None,
     dry_run: Annotated[bool, _flag("dry_run", "--dry-run")] = False,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; print only the run directory.")] = False,
@@ -137,6 +139,9 @@ def search(
     autocompress search --task digits --time-budget 2m
     autocompress search --task fashion-mnist --model resnet20 --time-budget 15m --max-drop 1
     autocompress search --task my_module:my_task --max-latency-ms 4 --max-size-mb 5
+    autocompress search --task digits --objectives latency_ms --max-drop 1     the fastest within a point
+    autocompress search --out results/first --resume --time-budget 10m         ten more minutes for a finished run
+    autocompress search --reuse results/first --max-size-mb 0.1 --time-budget 0s     other budgets, at once
     """
     given = {key: value for key, value in locals().items() if key in RunConfig.model_fields}
     config = load_config(config_file, {**given, "resume": resume or None, "dry_run": dry_run or None})
@@ -150,7 +155,8 @@ def search(
 
     config, directory = claim_run_directory(config)
     try:
-        with showing_progress(quiet=quiet or as_json) as progress:
+        # A stop from outside (a scheduler, a closed session) is an interruption like Ctrl-C: the front is kept.
+        with interruptible(signal.SIGTERM), showing_progress(quiet=quiet or as_json) as progress:
             # Reached here, not at the top: it brings torch in.
             from autocompress import api
 
@@ -223,9 +229,13 @@ def pick(
 ) -> None:
     """Pick one model of a run: the best one that meets the budgets.
 
+    All models that the run delivered are looked at, also those that its own budgets or objectives kept off the front,
+    as long as its .work folder is there. The run's budgets hold unless another one is given for the same thing.
+
     \b
     autocompress pick results/quickstart --max-latency-ms 0.2 --copy-to my-model
     """
+    from autocompress.delivered import copy_model, delivered_points, why_not_on_the_front
     from autocompress.front import PREFERENCES, load_front
     from autocompress.report.describe import gains_text
     from autocompress.units import parse_count
@@ -250,16 +260,20 @@ def pick(
         point = front.knee()
     else:
         try:
-            point = front.best(**budgets, prefer=cast("Preference | None", prefer))
+            point = front.best(**budgets, prefer=cast("Preference | None", prefer), among=delivered_points(front))
         except InfeasibleError as error:
             if as_json:
                 typer.echo(_infeasible_json(error))
             raise
-    path = point.path if copy_to is None else _copy(point.path, copy_to)
+    path = point.path if copy_to is None else copy_model(point, copy_to)
+    reason = why_not_on_the_front(front, point)
     if as_json:
-        typer.echo(json.dumps({**point.info.model_dump(mode="json"), "path": str(path)}, indent=1))
+        facts = {"path": str(path), "on_front": reason is None, "not_on_front_because": reason}
+        typer.echo(json.dumps({**point.info.model_dump(mode="json"), **facts}, indent=1))
         return
     typer.echo(f"{point.id}: {gains_text(point)}, drop {point.drop:.2f} points")
+    if reason is not None:
+        typer.echo(f"delivered, but not on the run's front: {reason}")
     typer.echo(str(path / point.onnx_path.name))
 
 
@@ -424,15 +438,3 @@ def _say_interrupted(directory: Path) -> None:
         markup=False,
         soft_wrap=True,
     )
-
-
-def _copy(source: Path, target: Path) -> Path:
-    import shutil
-
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"--copy-to: {str(target)!r} exists and is not empty; choose a new folder")
-    try:
-        shutil.copytree(source, target, dirs_exist_ok=True)
-    except (OSError, shutil.Error) as error:
-        raise UsageError(f"--copy-to: cannot copy {source} to {target}: {error}") from error
-    return target

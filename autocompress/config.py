@@ -23,6 +23,9 @@ from autocompress.units import format_duration, parse_count, parse_duration
 OBJECTIVES = ("error", "latency_ms", "size_bytes", "peak_memory_bytes", "energy_mj", "macs")
 """What a front can be drawn over; all are minimised."""
 
+MOST_OBJECTIVES = 4
+"""Hypervolumes are exact up to four axes."""
+
 DEFAULT_TIME_BUDGET_S = 600.0
 
 INVOCATION_KEYS = ("out", "resume", "dry_run")
@@ -30,6 +33,12 @@ INVOCATION_KEYS = ("out", "resume", "dry_run")
 
 FLEXIBLE_ON_RESUME = frozenset({"time_budget", "trials", "device", "executor", "storage", "data", *INVOCATION_KEYS})
 """Keys that may differ when a run goes on; every other one would make it another run."""
+
+SAME_TO_REUSE = ("task", "model", "input_size", "normalisation", "hardware", "runtime", "threads", "batch", "freeze")
+"""Keys that must agree with those of a run that is started from; of files, it is the content that must."""
+
+LENT_KEYS = frozenset({*SAME_TO_REUSE, "weights", "data", "space", "teacher", "seed", "device", "executor", "storage"})
+"""Keys that a run lends to the search that starts from it."""
 
 
 class PixelStatistics(BaseModel):
@@ -100,20 +109,35 @@ class RunConfig(BaseModel):
         None, ge=0, le=100, description="Budget: points of validation quality that may be lost, e.g. 1."
     )
     objectives: tuple[str, ...] = Field(
-        ("error", "latency_ms", "size_bytes"), description="What the front trades off, comma-separated."
+        ("error", "latency_ms", "size_bytes"),
+        description="What the front trades off, comma-separated: one to four of error, latency_ms, size_bytes, "
+        "peak_memory_bytes, energy_mj, macs. Without error, --max-drop says what quality must stay.",
     )
     time_budget: float | None = Field(
-        None, gt=0, description="How long to search, e.g. 90s, 10m, 1h30m. 10m where --trials is not given either."
+        None,
+        ge=0,
+        description="How long to search, e.g. 90s, 10m, 1h30m. 10m where --trials is not given either. A finished run "
+        "that is resumed with it gets that much more; 0s, with --reuse, answers from what is there.",
     )
     trials: int | None = Field(None, ge=1, description="How many candidates to evaluate; repeatable with --seed.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random choice.")
     executor: Literal["local"] = Field("local", description="Where candidates are evaluated: local.")
     storage: str | None = Field(None, description="Optuna storage URL; study.db in the run directory by default.")
     out: Path | None = Field(None, description="The run directory; results/<task>-<model>-<n> by default.")
-    resume: bool = Field(False, description="Go on with the run in --out; start it where there is none.")
+    resume: bool = Field(
+        False,
+        description="Go on with the run in --out; start it where there is none. An interrupted run uses what is left "
+        "of its time; a finished one stays as it is, unless --time-budget or more --trials say how much more.",
+    )
+    reuse: Path | None = Field(
+        None,
+        description="A run whose models, recoveries and trials this search starts from, under other budgets or "
+        "objectives; task, model and target are that run's.",
+    )
     dry_run: bool = Field(False, description="Read, price and show what would be searched; evaluate nothing.")
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+    _asked: frozenset[str] = PrivateAttr(default=frozenset())
 
     def __eq__(self, other: object) -> bool:
         """Equal values are equal, wherever they were given."""
@@ -150,8 +174,8 @@ class RunConfig(BaseModel):
                 raise ValueError(f"unknown objective {name!r}; nearest: {nearest!r}; known: {', '.join(OBJECTIVES)}")
         if len(set(value)) != len(value):
             raise ValueError(f"objectives repeat: {', '.join(value)}")
-        if "error" not in value or len(value) < 2:
-            raise ValueError("objectives need 'error' and at least one cost, e.g. error,latency_ms,size_bytes")
+        if not 1 <= len(value) <= MOST_OBJECTIVES:
+            raise ValueError(f"{len(value)} objectives given; give 1 to {MOST_OBJECTIVES} of {', '.join(OBJECTIVES)}")
         return value
 
     @field_validator("freeze")
@@ -230,6 +254,15 @@ class RunConfig(BaseModel):
             raise ValueError("an image folder says nothing of the model; add --model, e.g. --model resnet18")
         if self.resume and self.out is None:
             raise ValueError("--resume needs the run to go on with: add --out DIR")
+        if self.time_budget == 0 and self.reuse is None:
+            raise ValueError(
+                "--time-budget: 0.0 is not allowed without --reuse RUN, whose models would be the answer; give e.g. 10m"
+            )
+        if "error" not in self.objectives and self.max_drop is None:
+            raise ValueError(
+                f"--objectives {','.join(self.objectives)} has no word on quality: the best would be the emptiest "
+                "network; add --max-drop POINTS, e.g. --max-drop 1, or error to --objectives"
+            )
         return self
 
     # ------------------------------------------------------------------------------------------------- making
@@ -237,7 +270,9 @@ class RunConfig(BaseModel):
     @classmethod
     def create(cls, **values: Any) -> Self:
         """The configuration of keyword arguments; a None counts as not given."""
-        return cls.from_sources(values, {key: key for key in values})
+        made = cls.from_sources(values, {key: key for key in values})
+        made._asked = frozenset(key for key, value in values.items() if value is not None)
+        return made
 
     @classmethod
     def from_sources(cls, values: Mapping[str, Any], origins: Mapping[str, str]) -> Self:
@@ -268,6 +303,10 @@ class RunConfig(BaseModel):
     def origin(self, key: str) -> str:
         """How to cite a key in an error: where its value was given, or the flag that would set it."""
         return self._origins.get(key, flag_of(key))
+
+    def gave(self, key: str) -> bool:
+        """Whether a flag or a keyword set the key; what a file says does not count, nor does a default."""
+        return key in self._asked
 
     @contextmanager
     def citing(self, *keys: str) -> Iterator[None]:
@@ -314,7 +353,8 @@ def load_config(
     """The configuration of a YAML file and flags; a flag that is given wins.
 
     With ``resume`` and no file, the run's own ``config.yaml`` is the file, and only what may change on the way
-    (time, trials, where it is computed) may differ from it.
+    (time, trials, where it is computed) may differ from it.  With ``reuse``, that run's task, model and target hold
+    where nothing else is said.
 
     Args:
         file: the YAML file, if any.
@@ -334,7 +374,15 @@ def load_config(
     values = read_yaml(base) if base is not None else {}
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
     cited = {key: f"{base}:{key}" for key in values}
-    config = RunConfig.from_sources({**values, **given}, {**cited, **origins})
+    reused = given.get("reuse", values.get("reuse")) if stored is None else None
+    if "reuse" not in given and reused is not None and not Path(reused).is_dir():
+        reused = None  # the file of a run that started from another one says all there is to say
+    lent = {} if reused is None else _lent_values(Path(reused), {**cited, **origins}["reuse"])
+    cited = {**{key: f"{reused}/config.yaml:{key}" for key in lent}, **cited}
+    config = RunConfig.from_sources({**lent, **values, **given}, {**cited, **origins})
+    config._asked = frozenset(given)
+    if reused is not None:
+        _check_reusable(config, RunConfig.from_sources(lent, {}), Path(reused) / "config.yaml")
     if stored is not None:
         _check_same_run(config, RunConfig.from_sources(read_yaml(stored), {}), stored)
     return config
@@ -387,6 +435,24 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> Iterator[str
         if item["type"] != "value_error":
             message = f"{item['input']!r} is not allowed; {message[0].lower()}{message[1:]}"
         yield f"{origins.get(key, flag_of(key))}: {message}" if key else message
+
+
+def _lent_values(run: Path, origin: str) -> dict[str, Any]:
+    """What a run that is started from lends: everything but its budgets, objectives and time."""
+    if not (run / "config.yaml").is_file():
+        raise UsageError(f"{origin}: {str(run)!r} holds no run (no config.yaml); give the directory of a search")
+    stored = read_yaml(run / "config.yaml")
+    return {key: value for key, value in stored.items() if key in LENT_KEYS}
+
+
+def _check_reusable(config: RunConfig, lender: RunConfig, path: Path) -> None:
+    for key in SAME_TO_REUSE:
+        if getattr(config, key) == getattr(lender, key):
+            continue
+        raise UsageError(
+            f"{config.origin(key)}: {getattr(config, key)!r} differs from {getattr(lender, key)!r} in {path}; what was "
+            f"measured there says nothing of this: leave {flag_of(key)} out, or search without --reuse"
+        )
 
 
 def _check_same_run(config: RunConfig, stored: RunConfig, path: Path) -> None:

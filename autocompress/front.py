@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -172,12 +172,17 @@ class LoadedFront:
         max_macs: float | None = None,
         max_drop: float | None = None,
         prefer: Preference | None = None,
+        among: Sequence[Point] | None = None,
     ) -> Point:
         """The point to take under these budgets.
 
         Without ``prefer``, a budget on the drop asks for the point that keeps it with the largest :meth:`gain`, and
         any other for the most accurate one.  Budgets hold on measured costs, where the target was
         measured, else on the upper end of the prediction; the drop is in points of validation quality.
+
+        ``among`` are other points to choose from than those of the front, such as
+        :func:`autocompress.delivered.delivered_points`.  Nobody held them to the budgets of the run: these hold as
+        well, each replaced by the one that is given for the same thing.
 
         Raises:
             InfeasibleError: where no point meets them all, with the nearest one.
@@ -193,14 +198,18 @@ class LoadedFront:
         given = {name: float(limit) for name, limit in limits.items() if limit is not None}
         if prefer is not None and prefer not in PREFERENCES:
             raise unknown_name("preference", prefer, PREFERENCES)
-        if not self.points:
+        offered = self.points if among is None else among
+        if among is not None:
+            given = {**self.front.constraints, **given}
+        if not offered:
             raise InfeasibleError(f"{self.path}: the front has no points yet")
-        fitting = [point for point in self.points if not _excess(point, given)]
+        fitting = [point for point in offered if not _excess(point, given)]
         if not fitting:
-            nearest = min(self.points, key=lambda point: sum(_excess(point, given).values()))
+            nearest = min(offered, key=lambda point: sum(_excess(point, given).values()))
             raise InfeasibleError(_nearest_message(nearest, given), nearest.info)
         wanted = prefer or ("balance" if max_drop is not None else "quality")
-        return min(fitting, key=lambda point: (*self._rank(point, wanted), point.id))
+        shown = {point.id for point in self.points}
+        return min(fitting, key=lambda point: (*self._rank(point, wanted), point.id not in shown, point.id))
 
     def gain(self, point: Point) -> float:
         """How far a point goes in speed and size together: 1 for each where no point of the front goes further.

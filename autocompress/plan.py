@@ -391,11 +391,25 @@ class Target(Value):
     batch: int = 1
 
 
+class SplitGap(Value):
+    """Validation minus test quality over the points of a front, and what chance alone gives.
+
+    The 95% intervals are those of samples drawn from one population: choices made on validation data look better there
+    than they are where a difference lies above them.
+    """
+
+    mean: float
+    mean_by_chance: tuple[float, float]
+    largest: float
+    largest_by_chance: tuple[float, float]
+
+
 class SearchSummary(Value):
     trials: int
     seconds: float
     hypervolume: float
     stages: dict[str, float] = Field(default_factory=dict)
+    split_gap: SplitGap | None = None
 
 
 class Front(Value):

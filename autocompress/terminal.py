@@ -18,7 +18,7 @@ from rich.text import Text
 from autocompress.front import LoadedFront, error_of, latency_of
 from autocompress.plan import Front, FrontPoint, Metric
 from autocompress.progress import Progress, SilentProgress
-from autocompress.report.describe import quality_text, verdict
+from autocompress.report.describe import quality_text, split_gap_text, tied_text, verdict
 from autocompress.report.space import read_space
 from autocompress.report.tables import readable_points
 from autocompress.units import format_bytes, format_duration, format_ms
@@ -50,13 +50,20 @@ def front_table(front: LoadedFront, width: int) -> RenderableType:
         "faster": "faster",
         "size": "size",
         "smaller": "smaller",
+        "tied": "tied with",
         "how": "how",
     }
+    if not any(rows["tied"]):
+        del headings["tied"]
     wide = width >= WIDE
-    numbers = [key for key in headings if wide or key not in ("interval", "how")]
+    words = {key: headings[key] for key in ("tied", "how") if key in headings}
+    numbers = [key for key in headings if wide or key not in ("interval", *words)]
     tables: list[RenderableType] = [_table(rows, {key: headings[key] for key in numbers})]
     if not wide:
-        tables += [Text(""), _table(rows, {"how": "how"})]
+        tables += [Text(""), _table(rows, words)]
+    gap = split_gap_text(front)
+    if gap:
+        tables += [Text(""), Text(gap, style="dim")]
     sentence, basis = verdict(front)
     target = front.front.target
     state = "" if front.front.verified else "; latencies are predicted: the target is not here"
@@ -72,14 +79,18 @@ def _table(rows: pd.DataFrame, headings: Mapping[str, str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("id", no_wrap=True)
     for key, heading in headings.items():
-        if key == "how":
+        if key in ("how", "tied"):
             table.add_column(heading, style="dim")
         else:
             table.add_column(Text(heading), justify="right", no_wrap=True)
     for name, row in rows.iterrows():
         style = None if row["kind"] == "point" else "yellow"
-        table.add_row(str(name), *(str(row[key]) for key in headings), style=style)
+        table.add_row(str(name), *(_cell(row[key]) for key in headings), style=style)
     return table
+
+
+def _cell(value: object) -> str:
+    return tied_text(value) if isinstance(value, list) else str(value)
 
 
 @contextmanager

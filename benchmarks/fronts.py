@@ -25,7 +25,9 @@ DIGITS_SEEDS = (0, 1, 2)
 
 
 def search(out: Path, *options: str) -> LoadedFront:
-    """One run of the command line; an unfinished one in ``out`` is gone on with."""
+    """One run of the command line; an unfinished one in ``out`` is gone on with, a finished one is taken as it is."""
+    if (out / "front.json").is_file() and load_front(out).front.status == "complete":
+        return load_front(out)
     command = [sys.executable, "-m", "autocompress", "search", "--out", str(out), "--resume", *options]
     subprocess.run(command, check=True)
     return load_front(out)

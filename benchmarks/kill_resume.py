@@ -236,7 +236,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stage: Stage = "start" if number % 4 == 0 else "recover" if number >= given.kills // 2 else "work"
             leg = search.go(moments.uniform(0.1, 8.0), stage)
             print(_line(leg), flush=True)
-        print(_line(search.go(kill_after=None)), flush=True)
+            if leg.status == "complete" and leg.ended_by == "itself":
+                break  # out of time before the last kill; the same command would give it as much again
+        else:
+            print(_line(search.go(kill_after=None)), flush=True)
         odd, twice = leftovers(run), search.evaluated_twice
         environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
         frame = pd.DataFrame([asdict(leg) for leg in search.legs])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autocompress.front import LoadedFront, Point, error_of, points_per_unit
+from autocompress.front import LoadedFront, Point, budget_text, error_of, points_per_unit
 from autocompress.plan import CompressionPlan, LayerPlan, Metric
 from autocompress.report.space import SpaceSummary
 from autocompress.units import format_bytes, format_ms, format_ratio
@@ -98,9 +99,29 @@ def highlights(front: LoadedFront) -> list[Highlight]:
     merged: dict[str, tuple[list[str], Point]] = {}
     for title, point in wanted:
         merged.setdefault(point.id, ([], point))[0].append(title)
+    if len(front.points) == 1:
+        only = front.points[0]
+        return [Highlight(wanted_text(front), only, gains_text(only), _detail(only))]
     return [
         Highlight(_joined(titles, scope), point, gains_text(point), _detail(point)) for titles, point in merged.values()
     ]
+
+
+_BEST = {
+    "error": "most accurate",
+    "latency_ms": "fastest",
+    "size_bytes": "smallest",
+    "peak_memory_bytes": "least memory",
+    "energy_mj": "least energy",
+    "macs": "fewest MACs",
+}
+
+
+def wanted_text(front: LoadedFront) -> str:
+    """What was asked for, in words: ``Fastest, within drop 1.00 points``."""
+    names = ", ".join(_BEST.get(name, name) for name in front.front.objectives)
+    limits = ", ".join(budget_text(name, value) for name, value in front.front.constraints.items())
+    return names[0].upper() + names[1:] + (f", within {limits}" if limits else "")
 
 
 def verdict(front: LoadedFront) -> tuple[str, str]:
@@ -134,6 +155,35 @@ def _detail(point: Point) -> str:
         parts.append(f"{format_ms(point.latency_ms)}{word}")
     parts.append(format_bytes(point.size_bytes))
     return ", ".join(parts)
+
+
+def split_gap_text(front: LoadedFront) -> str:
+    """How far validation quality, which points were chosen on, lies above test quality; empty without points."""
+    points, metric, gap = front.points, front.front.metric, front.front.search.split_gap
+    if not points:
+        return ""
+    scale = points_per_unit(metric)
+    unit = "points" if metric.unit == "fraction" else metric.unit
+
+    def spelled(value: float, word: str, by_chance: tuple[float, float] | None) -> str:
+        chance = ""
+        if by_chance is not None:
+            chance = f" (chance alone: {by_chance[0] * scale:+.2f} to {by_chance[1] * scale:+.2f})"
+        return f"{value * scale:+.2f} {unit}".rstrip() + word + chance
+
+    differences = [point.validation - point.test for point in points]
+    head = f"Validation minus test {metric.name}"
+    if len(points) == 1:
+        return f"{head}: {spelled(differences[0], '', gap and gap.mean_by_chance)}."
+    mean = spelled(sum(differences) / len(differences), " on average", gap and gap.mean_by_chance)
+    most = spelled(max(differences), " at most", gap and gap.largest_by_chance)
+    return f"{head} over the {len(points)} points: {mean}, {most}."
+
+
+def tied_text(names: Sequence[str], most: int = 2) -> str:
+    """The points whose quality cannot be told from one's: ``p01, p02 and 3 more``."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def drop_interval_text(point: Point) -> str:

@@ -79,6 +79,9 @@ def prediction_error(front: LoadedFront) -> tuple[float, float] | None:
     return (sum(errors) / len(errors), max(errors)) if errors else None
 
 
+MOST_AXES = 4
+"""Hypervolumes are exact up to four axes."""
+
 Decision = Literal["keep", "bits", "compute"]
 
 _CATEGORIES: dict[Decision, list[tuple[str, str]]] = {
@@ -163,10 +166,10 @@ def stages_figure(front: LoadedFront) -> go.Figure | None:
 
 
 def history_figure(trials: pd.DataFrame) -> go.Figure | None:
-    """The share of the box up to the worst trial that the trials so far dominate."""
-    if len(trials) < 3 or not 2 <= trials.shape[1] <= 4:
+    """The share of the box up to the worst trial that the trials so far dominate, over four columns at most."""
+    if len(trials) < 3 or trials.shape[1] < 2:
         return None
-    values = trials.to_numpy(dtype=float)
+    values = trials.iloc[:, :MOST_AXES].to_numpy(dtype=float)
     low, high = values.min(axis=0), values.max(axis=0)
     scaled = (values - low) / np.where(high > low, high - low, 1.0)
     marks = np.unique(np.linspace(1, len(scaled), num=min(len(scaled), 80), dtype=int))

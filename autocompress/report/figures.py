@@ -20,7 +20,7 @@ from autocompress.report.space import SpaceSummary
 from autocompress.report.style import GREY, INK, ORANGE, RED, SIZES, log_axis, styled
 from autocompress.units import format_bytes, format_count, format_ms
 
-Axis = Literal["latency", "size", "macs"]
+Axis = Literal["latency", "size", "macs", "memory", "energy"]
 Split = Literal["test", "validation"]
 
 MAX_TRIALS_DRAWN = 1500
@@ -33,7 +33,7 @@ class _AxisStyle:
     unit: float
 
     def of(self, axis: Axis, point: Point) -> float | None:
-        raw = {"latency": point.latency_ms, "size": point.size_bytes, "macs": point.info.macs}[axis]
+        raw = point.cost(COLUMNS[axis])
         return None if raw is None else raw / self.unit
 
 
@@ -41,8 +41,17 @@ AXES: dict[Axis, _AxisStyle] = {
     "latency": _AxisStyle("latency, ms", "latency<br>ms", 1.0),
     "size": _AxisStyle("size on disk, kB", "size<br>kB", 1e3),
     "macs": _AxisStyle("multiply-accumulates, millions", "MACs<br>millions", 1e6),
+    "memory": _AxisStyle("peak memory, kB", "memory<br>kB", 1e3),
+    "energy": _AxisStyle("energy, mJ", "energy<br>mJ", 1.0),
 }
-_TRIAL_COLUMNS: dict[Axis, str] = {"latency": "latency_ms", "size": "size_bytes", "macs": "macs"}
+COLUMNS: dict[Axis, str] = {
+    "latency": "latency_ms",
+    "size": "size_bytes",
+    "macs": "macs",
+    "memory": "peak_memory_bytes",
+    "energy": "energy_mj",
+}
+"""The cost behind each axis, as objectives and tables call it."""
 
 
 def front_figure(
@@ -61,7 +70,7 @@ def front_figure(
     metric, style = front.front.metric, AXES[axis]
     colour_axis: Axis = "size" if axis != "size" else "latency"
     figure = go.Figure()
-    if trials is not None and not trials.empty and _TRIAL_COLUMNS[axis] in trials:
+    if trials is not None and not trials.empty and COLUMNS[axis] in trials:
         _add_trials(figure, trials, axis, metric)
     if rejected is not None and not rejected.empty:
         _add_rejected(figure, rejected, axis, split, metric)
@@ -193,7 +202,7 @@ def _wrapped(text: str, width: int = 60) -> list[str]:
 def _add_trials(figure: go.Figure, trials: pd.DataFrame, axis: Axis, metric: Metric) -> None:
     shown = trials if len(trials) <= MAX_TRIALS_DRAWN else trials.sample(MAX_TRIALS_DRAWN, random_state=0)
     figure.add_scatter(
-        x=shown[_TRIAL_COLUMNS[axis]] / AXES[axis].unit,
+        x=shown[COLUMNS[axis]] / AXES[axis].unit,
         y=shown["error"] * _percent(metric),
         mode="markers",
         name="candidates, as estimated",
@@ -203,7 +212,7 @@ def _add_trials(figure: go.Figure, trials: pd.DataFrame, axis: Axis, metric: Met
 
 
 def _add_rejected(figure: go.Figure, rejected: pd.DataFrame, axis: Axis, split: Split, metric: Metric) -> None:
-    column = _TRIAL_COLUMNS[axis]
+    column = COLUMNS[axis]
     quality = split if split in rejected and rejected[split].notna().any() else "validation"
     if column not in rejected or quality not in rejected:
         return

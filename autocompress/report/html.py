@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from autocompress.front import LoadedFront, Point, budget_text, load_front
 from autocompress.report import diagnostics, figures
-from autocompress.report.describe import highlights, quality_text, verdict
+from autocompress.report.describe import highlights, quality_text, split_gap_text, tied_text, verdict
 from autocompress.report.space import SpaceSummary, read_space
 from autocompress.report.tables import read_rejected, read_trials, readable_points
 from autocompress.units import format_bytes, format_duration, format_ms
@@ -22,7 +22,14 @@ from autocompress.version import __version__
 
 REPORT_NAME = "report.html"
 
-_AXIS_NAMES: dict[figures.Axis, str] = {"latency": "latency", "size": "size", "macs": "MACs"}
+_AXIS_NAMES: dict[figures.Axis, str] = {
+    "latency": "latency",
+    "size": "size",
+    "macs": "MACs",
+    "memory": "peak memory",
+    "energy": "energy",
+}
+_ALWAYS: tuple[figures.Axis, ...] = ("latency", "size", "macs")
 _SPLITS: tuple[figures.Split, ...] = ("test", "validation")
 _DECISION_NAMES: dict[diagnostics.Decision, str] = {
     "keep": "channels kept",
@@ -59,7 +66,7 @@ def render(front: LoadedFront) -> str:
         lstrip_blocks=True,
     )
     rejected = read_rejected(run)
-    trials = read_trials(run, front.front.objectives)
+    trials = read_trials(run, _trial_axes(front))
     charts = _charts(front, space, rejected, trials)
     return environment.get_template("report.html.j2").render(
         front=front.front,
@@ -70,12 +77,13 @@ def render(front: LoadedFront) -> str:
         reference=_facts_of(front.reference),
         budgets=[budget_text(name, value) for name, value in front.front.constraints.items() if name in _BUDGETS],
         charts=charts,
-        axis_names=_AXIS_NAMES,
+        axis_names={axis: _AXIS_NAMES[axis] for axis in _axes(front)},
         splits=_SPLITS,
         decision_names={
             key: name for key, name in _DECISION_NAMES.items() if f"decisions-{key}" in charts["decisions"]
         },
         prediction_error=diagnostics.prediction_error(front),
+        split_gap=split_gap_text(front),
         table=_table(front, space),
         has_energy=any(point.info.energy_mj is not None for point in every),
         rejected=rejected.astype(object).where(rejected.notna(), "").to_dict("records"),
@@ -99,7 +107,7 @@ def _charts(front: LoadedFront, space: SpaceSummary, rejected: Any, trials: Any)
         f"front-{axis}-{split}": figures.front_figure(
             front, space, axis=axis, split=split, rejected=rejected, trials=trials
         )
-        for axis in _AXIS_NAMES
+        for axis in _axes(front)
         for split in _SPLITS
     }
     decisions = {_chart_of(name): diagnostics.decisions_figure(front, space, name) for name in _DECISION_NAMES}
@@ -114,6 +122,20 @@ def _charts(front: LoadedFront, space: SpaceSummary, rejected: Any, trials: Any)
         section: {key: json.loads(figure.to_json()) for key, figure in group.items() if figure is not None}
         for section, group in groups.items()
     }
+
+
+def _axes(front: LoadedFront) -> list[figures.Axis]:
+    """The costs that the front can be looked at against: its objectives first, then what people always ask for."""
+    asked = [axis for name in front.front.objectives for axis, own in figures.COLUMNS.items() if own == name]
+    bound = [axis for axis, own in figures.COLUMNS.items() if own in front.front.constraints and axis not in _ALWAYS]
+    return list(dict.fromkeys([*asked, *_ALWAYS, *bound]))
+
+
+def _trial_axes(front: LoadedFront) -> tuple[str, ...]:
+    """What candidates were compared by: quality always, and the costs asked for or bound, as the search does."""
+    costs = [name for name in front.front.objectives if name != "error"]
+    bound = [name for name in front.front.constraints if name in figures.COLUMNS.values()]
+    return ("error", *(costs or bound[:3] or ("latency_ms", "size_bytes")))
 
 
 def _chart_of(decision: diagnostics.Decision) -> str:
@@ -141,6 +163,7 @@ def _table(front: LoadedFront, space: SpaceSummary) -> list[dict[str, Any]]:
         link = info.artifact if (front.path / info.artifact).is_file() else ""
         sortable = {name: "" if value is None else value for name, value in raw.items()}
         rows.append({**{str(name): word for name, word in words.items()}, "id": key, "raw": sortable, "link": link})
+        rows[-1]["tied_text"] = tied_text(info.tied_with)
     return rows
 
 

@@ -17,7 +17,8 @@ from autocompress.methods.rounding import FINE_BITS
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Original, Student
 from autocompress.search.bases import Base, build_student, student_specs
 from autocompress.search.context import Context, name_of, priced, prices
-from autocompress.search.ladder import RecipeStudy, RecoveryForecast, best_gain
+from autocompress.search.gains import Outcome
+from autocompress.search.ladder import RecipeStudy, RecoveryForecast
 from autocompress.search.menu import complete, keep_counts
 from autocompress.search.quiet import Quiet
 from autocompress.search.recover import Climbed, Recovered, Trainer, load_recovered, save_recovered
@@ -64,6 +65,14 @@ class Structure:
         return self.plan.shape_digest
 
 
+@dataclass(frozen=True)
+class Done:
+    """How many structures this leg of a run has recovered, and how many trainings it has gone on with."""
+
+    entered: int
+    promoted: int
+
+
 class Climber:
     """Recovers the structures of one run.
 
@@ -93,10 +102,12 @@ class Climber:
         self.trainer = Trainer(context.task, taught, context.config.seed, repeatable=not context.timed)
         self.recipes = RecipeStudy(context.storage, context.space.distillation, context.config.seed)
         for structure in self.structures.values():
+            if not self._time_left():
+                return
             self._export(structure, None)
         available = self._available()
         slots = int(np.clip(available / SLOT_S, 3, MOST_STRUCTURES)) if context.timed else STRUCTURES
-        slots, promotions = max(0, slots - done[1]), max(0, PROMOTED - done[2])
+        slots, promotions = max(0, slots - done.entered), max(0, PROMOTED - done.promoted)
         share = FIRST_RUNG_SHARE if promotions else 1.0
         first_end = context.clock.spent + share * available
         students = self._students(share * available / max(slots, 1) if context.timed else None)
@@ -105,7 +116,7 @@ class Climber:
         for index in range(slots):
             if not self._time_left():
                 break
-            if index == slots - 1 and slots > 2:
+            if index == slots - 1 and slots > 2 and self._reaches_far:
                 entrant = self._cheapest(students)
             elif quota and students and (index % 2 == 1 or index >= slots - 1 - quota):
                 # In turn with stitched structures, so that a short run ends with something good either way.
@@ -119,7 +130,7 @@ class Climber:
             best = self._promoted() if self._time_left() else None
             if best is None:
                 break
-            self._recover(best, 2, STEPS_SECOND, self._seconds(self._available(), promotions - index))
+            self._recover(best, best.rung + 1, STEPS_SECOND, self._seconds(self._available(), promotions - index))
 
     def _seconds(self, left: float, remaining: int) -> float | None:
         """Training seconds for the next structure of a rung: its part of the time left, delivery allowed for."""
@@ -138,9 +149,15 @@ class Climber:
     def _time_left(self) -> bool:
         return not self.context.timed or self.context.clock.left > self.reserve() + 3.0
 
-    def _take_up(self) -> dict[int, int]:
-        """Takes up the recoveries of an interrupted run; gives how many there were at each rung."""
-        count = {1: 0, 2: 0}
+    @property
+    def _reaches_far(self) -> bool:
+        """Whether the front should show how far the model can go: once, and only where quality is traded off."""
+        gains = self.context.gains
+        return self.context.clock.leg == 1 and gains.quality and bool(gains.axes)
+
+    def _take_up(self) -> Done:
+        """Takes up the recoveries that there are; gives how many of them this leg of the run has made."""
+        entered = promoted = 0
         folder = self.context.run / ".work" / "recovered"
         for path in sorted(folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime_ns):
             stored = load_recovered(path)
@@ -152,11 +169,15 @@ class Climber:
             if base is None:
                 continue
             structure = Structure(base, climbed.plan, climbed.divergence, recovered, climbed.rung)
-            self.structures[structure.key] = structure
-            count[climbed.rung] += 1
+            known = self.structures.get(structure.key)
+            if known is None or known.rung <= structure.rung:
+                self.structures[structure.key] = structure
+            if climbed.leg == self.context.clock.leg:
+                entered += climbed.rung == 1
+                promoted += climbed.rung > 1
             if climbed.rung == 1 and climbed.divergence is not None:
                 self.forecast.add(climbed.divergence, recovered.error - self.context.error)
-        return count
+        return Done(entered, promoted)
 
     # ------------------------------------------------------------------------------------------- who comes next
 
@@ -208,9 +229,11 @@ class Climber:
         if not waiting:
             return None
         predicted = self.forecast.predict(np.array([s.divergence for s in waiting]))
-        rows = [self.context.box(float(p), s.costs) for p, s in zip(predicted, waiting, strict=True)]
-        index, gain = best_gain([self.context.box(*self._outcome(s)) for s in self.structures.values()], rows)
-        if gain <= 0.0:
+        promised = [Outcome(float(p), s.costs) for p, s in zip(predicted, waiting, strict=True)]
+        gains = self.context.gains
+        index, gain = gains.best([self._outcome(s) for s in self.structures.values()], promised)
+        if gain <= 0.0 and gains.axes:
+            # With quality alone to win, the next best guess is worth a try: forecasts err.
             return None
         return Structure(self.context.original, waiting[index].plan, waiting[index].divergence)
 
@@ -233,24 +256,27 @@ class Climber:
             candidates.append(Structure(self.context.original, chosen.plan, chosen.divergence))
         return min(candidates, key=cost, default=None)
 
-    def _outcome(self, structure: Structure) -> tuple[float, dict[str, float]]:
+    def _outcome(self, structure: Structure) -> Outcome:
         assert structure.recovered is not None
         plans = self._variants(structure) or [structure.plan]
         table = structure.base.skeleton.price([priced(plan) for plan in plans])
         costs = {name: float(np.min(getattr(table, name))) for name in self.context.costs}
-        return structure.recovered.error - self.context.error, costs
+        return Outcome(structure.recovered.error - self.context.error, costs)
 
     def _promoted(self) -> Structure | None:
-        """The structure whose longer training promises the most: half of its remaining gap closed."""
-        waiting = [s for s in self.structures.values() if s.rung == 1]
+        """The structure whose longer training promises the most: of its remaining gap, half is closed at first.
+
+        Each time that a search is given more time, structures may go one rung further up than before.
+        """
+        waiting = [s for s in self.structures.values() if 1 <= s.rung <= self.context.clock.leg]
         if not waiting:
             return None
-        present = [self.context.box(*self._outcome(s)) for s in self.structures.values()]
-        rows = []
+        present = [self._outcome(s) for s in self.structures.values()]
+        promised = []
         for structure in waiting:
-            gap, costs = self._outcome(structure)
-            rows.append(self.context.box(0.5 * gap, costs))
-        return waiting[best_gain(present, rows)[0]]
+            outcome = self._outcome(structure)
+            promised.append(Outcome((1.0 - 0.5 / structure.rung) * outcome.drop, outcome.costs))
+        return waiting[self.context.gains.best(present, promised)[0]]
 
     # -------------------------------------------------------------------------------------------------- training
 
@@ -279,7 +305,8 @@ class Climber:
             context.progress.advance()
             return
         path = context.run / ".work" / "recovered" / f"{structure.key}-{rung}.safetensors"
-        save_recovered(recovered, Climbed(structure.plan, structure.divergence, rung), path)
+        climbed = Climbed(structure.plan, structure.divergence, rung, context.clock.leg)
+        save_recovered(recovered, climbed, path)
         if trial is not None:
             self.recipes.tell(trial, self._open_share(structure, recovered), structure.key)
         if structure.divergence is not None and rung == 1:

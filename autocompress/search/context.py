@@ -21,14 +21,12 @@ from autocompress.search.deliver import ORIGINAL, Delivery
 from autocompress.search.evaluate import StitchedEvaluator
 from autocompress.search.feedback import Feedback
 from autocompress.search.files import Clock
-from autocompress.search.ladder import box
+from autocompress.search.gains import Gains
 from autocompress.search.menu import Menu
 from autocompress.search.study import Scored
+from autocompress.search.target import searched_costs
 from autocompress.spaces import SearchSpace
 from autocompress.tasks.base import Task
-
-WIDEST_DROP = 30.0
-"""Points of quality at which a candidate is worth nothing to the front."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,15 +96,15 @@ class Context:
 
     @property
     def costs(self) -> tuple[str, ...]:
-        """The objectives beside the error."""
-        return tuple(name for name in self.config.objectives if name != "error")
+        """What the study over stitched candidates trades the divergence off against."""
+        return searched_costs(self.config)
 
-    def box(self, drop: float, costs: Mapping[str, float]) -> list[float]:
-        """A point for comparing gains; the drop counts by its root, so that the cheap end of a front counts too."""
-        span = min(self.delivery.limits.get("drop", WIDEST_DROP), WIDEST_DROP) or 1.0
-        rooted = math.sqrt(max(drop, 0.0) * 100.0 / span) * span / 100.0
-        known = {name: costs.get(name, self.reference[name]) for name in self.costs}
-        return box(rooted, known, self.reference, span)
+    @property
+    def gains(self) -> Gains:
+        """What a candidate would add to the front that was asked for."""
+        objectives = self.config.objectives
+        axes = tuple(name for name in objectives if name != "error")
+        return Gains(axes, "error" in objectives, self.reference, self.delivery.limits.get("drop"))
 
     def note_time(self) -> None:
         """Tells the progress how much time is left."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from autocompress.errors import InfeasibleError
@@ -22,14 +23,14 @@ from autocompress.front import error_of, latency_of, points_frame
 from autocompress.hardware.profile import cpu_description
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.simulation import build_compressed
-from autocompress.pareto import distinct_mask, pareto_mask
-from autocompress.plan import Estimate, Front, FrontPoint, Latency, Quality, SearchSummary, Target
+from autocompress.plan import Estimate, Front, FrontPoint, Latency, Quality, SearchSummary, SplitGap, Target
 from autocompress.progress import Progress, SilentProgress
 from autocompress.runtime.base import run_batches, runtime_here
 from autocompress.runtime.kernels import check_kernels
 from autocompress.runtime.timing import LatencyStats, measure_latency
-from autocompress.search.files import write_text
-from autocompress.search.scoring import Scores, front_hypervolume, interval, paired_drop, ties
+from autocompress.search.files import read_json, write_text
+from autocompress.search.membership import apart_mask, front_mask
+from autocompress.search.scoring import Scores, front_hypervolume, interval, paired_drop, split_gap, ties
 from autocompress.search.target import BANDED
 from autocompress.tasks.base import Task
 
@@ -50,12 +51,13 @@ class Delivery:
         run: the run directory.
         task: gives the splits and the score.
         target: where the files are measured.
-        objectives: axes of the front, ``error`` among them.
+        objectives: axes of the front, one to four.
         limits: budgets by cost name; ``drop`` in points of validation quality.
         knows_energy: whether the estimates' energy is that of the whole run.
         present: whether the target is here to be measured; else points stand on predictions, budgets on their bands.
         uppers: what a latency budget is held against, by point: the upper end of the measured median or of the band.
         bounds: the upper ends of other predicted costs, by point and cost.
+        standing: the front as last published: of two points as good as alike, one that stands there stays.
     """
 
     run: Path
@@ -70,13 +72,21 @@ class Delivery:
     uppers: dict[str, float] = field(default_factory=dict)
     bounds: dict[str, dict[str, float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    standing: frozenset[str] = frozenset()
     _scores: dict[tuple[str, str], Scores] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._work = self.run / ".work" / "models"
+        published = read_json(self.run / "front.json")
+        if published is not None:
+            self.standing = frozenset(point["id"] for point in published["points"])
         for path in sorted(self._work.glob("*/metrics.json")):
             facts = json.loads(path.read_text(encoding="utf-8"))
-            self.points[path.parent.name] = FrontPoint.model_validate(facts["point"])
+            point = FrontPoint.model_validate(facts["point"])
+            # A process that was stopped between stamping a file and noting it left the file a few bytes longer.
+            stamped = (path.parent / "model.onnx").stat().st_size
+            size = point.size_bytes + stamped - facts.get("artifact_bytes", stamped)
+            self.points[path.parent.name] = point.model_copy(update={"size_bytes": size})
             self.uppers[path.parent.name] = facts["latency_upper_ms"]
             self.bounds[path.parent.name] = facts.get("bounds", {})
             for split in ("validation", "test"):
@@ -213,6 +223,7 @@ class Delivery:
             "point": self.points[name].model_dump(mode="json"),
             "latency_upper_ms": self.uppers[name],
             "bounds": self.bounds.get(name, {}),
+            "artifact_bytes": artifact.stat().st_size,
         }
         write_text(self._work / name / "metrics.json", json.dumps(facts))
 
@@ -257,19 +268,17 @@ class Delivery:
             else:
                 candidates.append(point)
         candidates.sort(key=lambda p: (error_of(self.task.metric, p.quality.validation), latency_of(p) or 0.0))
-        values = np.array([self._values(p) for p in candidates]).reshape(len(candidates), len(self.objectives))
-        mask = pareto_mask(values) if len(candidates) else np.zeros(0, dtype=bool)
+        mask = front_mask(self._table(candidates), self._errors(candidates))
         kept = [p for p, good in zip(candidates, mask, strict=True) if good]
         for point, good in zip(candidates, mask, strict=True):
             if not good:
                 by = next(q.id for q in kept if (np.array(self._values(q)) <= np.array(self._values(point))).all())
                 rejected[point.id] = f"dominated as {'measured' if self.present else 'predicted'} by {by}"
-        if kept:
-            alike = distinct_mask(np.array([self._values(p) for p in kept]))
-            for point, apart in zip(kept, alike, strict=True):
-                if not apart:
-                    rejected[point.id] = "within 2% of another point on every axis"
-            kept = [p for p, apart in zip(kept, alike, strict=True) if apart]
+        alike = apart_mask(self._table(kept), self._errors(kept), [p.id in self.standing for p in kept])
+        for point, apart in zip(kept, alike, strict=True):
+            if not apart:
+                rejected[point.id] = "within 2% of another point on every axis"
+        kept = [p for p, apart in zip(kept, alike, strict=True) if apart]
         labels = ties({p.id: self._scores[p.id, "validation"] for p in kept})
         return [p.model_copy(update={"tied_with": labels[p.id]}) for p in kept], rejected
 
@@ -293,6 +302,12 @@ class Delivery:
         named = {"error": error_of(self.task.metric, point.quality.validation), "latency_ms": latency_of(point)}
         values = [named[name] if name in named else getattr(point, name) for name in self.objectives]
         return [float("nan") if value is None else float(value) for value in values]
+
+    def _table(self, points: Sequence[FrontPoint]) -> npt.NDArray[np.float64]:
+        return np.array([self._values(p) for p in points]).reshape(len(points), len(self.objectives))
+
+    def _errors(self, points: Sequence[FrontPoint]) -> list[float]:
+        return [error_of(self.task.metric, p.quality.validation) for p in points]
 
     def publish(
         self, status: Literal["running", "complete"], trials: int, seconds: float, stages: Mapping[str, float]
@@ -324,17 +339,23 @@ class Delivery:
             search=SearchSummary(
                 trials=trials,
                 seconds=seconds,
-                hypervolume=front_hypervolume(self.task.metric, reference, points),
+                hypervolume=front_hypervolume(self.task.metric, reference, points, self.objectives),
                 stages=dict(stages),
+                split_gap=self._split_gap(points),
             ),
         )
         write_text(self.run / "front.json", front.model_dump_json(by_alias=True, indent=1))
+        self.standing = frozenset(point.id for point in points)
         self._write_tables(front, rejected)
         keep = {point.id for point in shown}
         for folder in (self.run / "models").iterdir():
             if folder.name not in keep:
                 shutil.rmtree(folder)
         return front
+
+    def _split_gap(self, points: Sequence[FrontPoint]) -> SplitGap | None:
+        known = [p.id for p in points if (p.id, "test") in self._scores]
+        return split_gap(*([self._scores[name, split] for name in known] for split in ("validation", "test")))
 
     def _place(self, point: FrontPoint) -> None:
         """Puts a model's files under ``models/``; a folder that appears there is whole."""

@@ -26,6 +26,7 @@ from autocompress.methods.database import LayerDatabase
 from autocompress.methods.statistics import collect
 from autocompress.plan import CompressionPlan, Front, LayerPlan, Original
 from autocompress.progress import Progress
+from autocompress.search.adoption import best_of, known_elsewhere, note_study
 from autocompress.search.anchoring import calibrate
 from autocompress.search.bases import Base
 from autocompress.search.climb import FINAL_MEASURE_S, MEASURE_S, Climber
@@ -33,7 +34,8 @@ from autocompress.search.context import Context, name_of, priced, prices
 from autocompress.search.deliver import ORIGINAL, UNIFORM_INT8, Delivery
 from autocompress.search.evaluate import StitchedEvaluator
 from autocompress.search.files import Clock, read_json, write_text
-from autocompress.search.ladder import best_gain
+from autocompress.search.gains import Outcome
+from autocompress.search.legs import mark_done
 from autocompress.search.menu import Menu, complete, format_of
 from autocompress.search.pruning import prune
 from autocompress.search.seeds import FORMATS, Sensitivity, dp_front, measure_sensitivity, uniform_seeds
@@ -58,6 +60,8 @@ SEARCH_SHARE = 0.15
 
 PREDICTION_MARGIN = 1.06
 """Predictions err by a few percent: plans are held to a little less than a latency budget."""
+
+TIMING_OVERHEAD_S, LEAST_MEASURE_S = 0.2, 0.2
 
 STITCHED_DELIVERED = 5
 NOTED_EVERY = 20
@@ -90,8 +94,10 @@ class Engine:
     ) -> None:
         self.config, self.space, self.task, self.teacher = config, space, task, teacher
         self.profile, self.run, self.clock, self.progress = profile, run, clock, progress
-        self.stages: dict[str, float] = {}
-        self.trials = 0
+        before = read_json(run / "front.json")
+        # A run that goes on accounts for all of its time; a new one that started from another begins at nothing.
+        self.stages: dict[str, float] = {} if before is None else dict(before["search"]["stages"])
+        self.trials = 0 if before is None else int(before["search"]["trials"])
         self.present = is_present(config, profile)
         self.limits = limits_of(config, profile)
         target = target_of(config, profile)
@@ -105,18 +111,35 @@ class Engine:
         Raises:
             InfeasibleError: no model keeps the budgets.
         """
+        if ORIGINAL in self.delivery.points:
+            # What is known already is a front, before anything is read.
+            if self.config.time_budget == 0:
+                return self._complete()
+            self._publish("running")
         context = self._set_up()
         with self._stage("search"):
             scored = self._search(context)
-        with self._stage("first points"):
-            self._deliver_stitched(context, scored)
+        if self.clock.leg == 1 or self.clock.left > 0:
+            with self._stage("first points"):
+                self._deliver_stitched(context, scored)
         with self._stage("recover"):
             Climber(context, context.repriced(scored)).climb()
         with self._stage("measure"):
             points, _ = self.delivery.select()
             # Together, so that the figures of one table are comparable.
-            self.delivery.measure([*(p.id for p in points), UNIFORM_INT8], FINAL_MEASURE_S, self.progress)
+            names = [*(p.id for p in points), UNIFORM_INT8]
+            self.delivery.measure(names, self._final_seconds(len(names) + 1), self.progress)
+        return self._complete()
+
+    def _final_seconds(self, count: int) -> float:
+        """Seconds for each model that is timed at the end: fewer where a small addition to a run leaves no more."""
+        if self.clock.leg == 1:
+            return FINAL_MEASURE_S
+        return float(np.clip(self.clock.left / count - TIMING_OVERHEAD_S, LEAST_MEASURE_S, FINAL_MEASURE_S))
+
+    def _complete(self) -> Front:
         front = self._publish("complete")
+        mark_done(self.run)
         self.delivery.require_feasible(front)
         return front
 
@@ -216,11 +239,14 @@ class Engine:
         """Optuna over stitched candidates, from the seeds on; gives every distinct plan that was evaluated."""
         costs = context.costs
         study = PlanStudy(context.storage, context.menu, costs, context.hard, self.config.seed)
-        finished = self.run / ".work" / "search-done.json"
-        if read_json(finished) is None:
+        if not self._searched():
             if study.trials == 0:
+                known = known_elsewhere(study, context.storage, self.run, self.config.seed, context.original.skeleton)
+                study.enqueue(item.choices for item in best_of(known, costs))
                 self._enqueue_seeds(context, study, costs)
-            total = self.config.trials
+                study.adopt(known)
+            note_study(self.run, study.name, self.config.seed)
+            total = None if self.config.trials is None else self.config.trials + study.adopted
             limited = math.isfinite(self.clock.left)
             deadline = self.clock.spent + SEARCH_SHARE * self.clock.left if limited else math.inf
             self.progress.stage("search", total)
@@ -231,9 +257,19 @@ class Engine:
                     context.note_time()
                     self.clock.save()
             write_text(self.run / "trials.csv", study.table().to_csv(index=False))
-            write_text(finished, json.dumps(study.trials))
+            write_text(self._search_done, json.dumps({"leg": self.clock.leg, "trials": study.trials}))
         self.trials = study.trials
         return study.scored()
+
+    @property
+    def _search_done(self) -> Path:
+        return self.run / ".work" / "search-done.json"
+
+    def _searched(self) -> bool:
+        """Whether this leg of the run has had its share of stitched candidates."""
+        done = read_json(self._search_done)
+        leg = done["leg"] if isinstance(done, dict) else 1
+        return done is not None and bool(leg >= self.clock.leg)
 
     def _enqueue_seeds(self, context: Context, study: PlanStudy, costs: tuple[str, ...]) -> None:
         sensitivity = self._sensitivity(context)
@@ -246,12 +282,15 @@ class Engine:
             study.enqueue(dp_front(context.menu, sensitivity, price))
 
     def _sensitivity(self, context: Context) -> Sensitivity:
-        path = self.run / ".work" / "sensitivity.json"
+        path, knobs = self.run / ".work" / "sensitivity.json", context.menu.knobs
         stored = read_json(path)
-        if stored is not None and [len(row) for row in stored] == [len(k.options) for k in context.menu.knobs]:
-            return Sensitivity(tuple(np.array(row) for row in stored))
+        labels = {knob.name: [option.label for option in knob.options] for knob in knobs}
+        # By label: a run may have started from one whose menu held other options.
+        if isinstance(stored, dict) and all(set(own) <= stored.get(name, {}).keys() for name, own in labels.items()):
+            return Sensitivity(tuple(np.array([stored[name][label] for label in own]) for name, own in labels.items()))
         found = measure_sensitivity(context.menu, context.evaluator.quick, self.progress)
-        write_text(path, json.dumps([row.tolist() for row in found.divergence]))
+        rows = zip(labels.items(), found.divergence, strict=True)
+        write_text(path, json.dumps({name: dict(zip(own, row.tolist(), strict=True)) for (name, own), row in rows}))
         return found
 
     # ------------------------------------------------------------------------------------------------- delivery
@@ -262,29 +301,30 @@ class Engine:
         dense = complete(original.graph, CompressionPlan(layers={name: f[0] for name, f in context.formats.items()}))
         plans = [plan for plan in variants(original.graph, original.skeleton, dense, context.formats) if plan != dense]
         base_error = context.evaluator(context.menu.plan(context.menu.uniform(1.0, "fp32", 32))).error
-        rows = [context.box(s.error - base_error, s.costs) for s in scored]
-        present: list[list[float]] = []
+        outcomes = [Outcome(s.error - base_error, s.costs) for s in scored]
+        present: list[Outcome] = []
         for _ in range(min(STITCHED_DELIVERED, len(scored))):
-            index, gain = best_gain(present, rows)
+            index, gain = context.gains.best(present, outcomes)
             if gain <= 1e-4:
                 break
-            present.append(rows[index])
+            present.append(outcomes[index])
             plans.append(scored[index].plan)
         models: list[tuple[CompressionPlan, CompressedModel]] = []
         for plan in plans:
             costs = prices(original.skeleton, plan)
-            if all(costs[name] <= limit for name, limit in context.hard.items()):
+            known = name_of(plan) in self.delivery.points
+            if not known and all(costs[name] <= limit for name, limit in context.hard.items()):
                 models.append((plan, context.evaluator.build(plan)))
         for plan, compressed in models:
             self.delivery.add(name_of(plan), compressed, original.skeleton.estimate(priced(plan)))
-        names = [name_of(plan) for plan, _ in models]
-        self.delivery.measure(names, MEASURE_S)
-        self._publish("running")
+        if models:
+            self.delivery.measure([name_of(plan) for plan, _ in models], MEASURE_S)
+            self._publish("running")
         # From here on, and from each structure that is recovered, prices follow what was measured.  The study before
         # saw the anchors alone: its values would not be comparable otherwise.
         if context.feedback is not None:
             context.feedback.apply()
-        context.learn([UNIFORM_INT8, *names])
+        context.learn([UNIFORM_INT8, *(name_of(plan) for plan in plans)])
 
     def _publish(self, status: Literal["running", "complete"]) -> Front:
         self.clock.save()

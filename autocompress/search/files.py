@@ -26,15 +26,17 @@ def read_json(path: Path) -> Any:
 
 
 class Clock:
-    """Time spent on a run, those before an interruption included, against its budget.
+    """Time spent on a run, those before an interruption included, against the budget of its present leg.
 
     Args:
         path: where the time spent is kept.
         budget_s: seconds allowed; None for no limit.
+        began_s: seconds spent when the leg began.
+        leg: 1, and one more each time that a finished run is given more.
     """
 
-    def __init__(self, path: Path, budget_s: float | None) -> None:
-        self.path, self.budget_s = path, budget_s
+    def __init__(self, path: Path, budget_s: float | None, began_s: float = 0.0, leg: int = 1) -> None:
+        self.path, self.budget_s, self.began_s, self.leg = path, budget_s, began_s, leg
         self._before = float(read_json(path) or 0.0)
         self._started = time.monotonic()
 
@@ -45,7 +47,7 @@ class Clock:
     @property
     def left(self) -> float:
         """Seconds to the end of the budget; infinite without one."""
-        return float("inf") if self.budget_s is None else self.budget_s - self.spent
+        return float("inf") if self.budget_s is None else self.began_s + self.budget_s - self.spent
 
     def save(self) -> None:
         write_text(self.path, json.dumps(self.spent))

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from autocompress.pareto import hypervolume
 from autocompress.plan import Recipe
-from autocompress.search.scoring import SHRINK_SPAN, SPEED_SPAN
+from autocompress.search.scoring import span_of
 from autocompress.search.study import open_storage
 from autocompress.spaces import Distillation
 
@@ -54,24 +54,18 @@ class RecoveryForecast:
         return np.asarray(np.exp(offset + slope * np.log(np.maximum(divergence, 1e-4))))
 
 
-MOST_AXES = 3
-"""Costs that a gain is reckoned over: hypervolumes over more axes take too long to be reckoned for each candidate."""
-
-_SPANS = {"size_bytes": SHRINK_SPAN, "peak_memory_bytes": SHRINK_SPAN}
-
-
 def box(drop: float, costs: Mapping[str, float], reference: Mapping[str, float], span: float) -> list[float]:
     """A point in the unit box of ``scoring.front_hypervolume``, one axis a cost behind the drop's.
 
     Args:
         drop: of quality, as a fraction.
-        costs: by name; those after the third do not count.
+        costs: by name.
         reference: the original's costs.
         span: the drop in points that is worth nothing.
     """
     gains = [
-        min(math.log2(max(reference[name], 1e-12) / max(cost, 1e-12)) / _SPANS.get(name, SPEED_SPAN), 1.0)
-        for name, cost in list(costs.items())[:MOST_AXES]
+        min(math.log2(max(reference[name], 1e-12) / max(cost, 1e-12)) / span_of(name), 1.0)
+        for name, cost in costs.items()
     ]
     return [max(0.0, drop) * 100.0 / span, *(1.0 - gain for gain in gains)]
 

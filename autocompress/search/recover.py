@@ -151,11 +151,15 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Climbed:
-    """What a file of a recovery says of itself: enough to go on with it in another process."""
+    """What a file of a recovery says of itself: enough to go on with it in another process.
+
+    ``leg`` says in which leg of the run it was made: the first, or one that was given more time.
+    """
 
     plan: CompressionPlan
     divergence: float | None
     rung: int
+    leg: int = 1
 
 
 def save_recovered(recovered: Recovered, climbed: Climbed, path: Path) -> None:
@@ -169,6 +173,7 @@ def save_recovered(recovered: Recovered, climbed: Climbed, path: Path) -> None:
         "plan": climbed.plan.model_dump(mode="json"),
         "divergence": climbed.divergence,
         "rung": climbed.rung,
+        "leg": climbed.leg,
     }
     temporary = path.with_suffix(".part")
     save_file(
@@ -192,7 +197,7 @@ def load_recovered(path: Path) -> tuple[Recovered, Climbed] | None:
             Recipe.model_validate(facts["recipe"]),
         )
         plan = CompressionPlan.model_validate(facts["plan"])
-        return recovered, Climbed(plan, facts["divergence"], facts["rung"])
+        return recovered, Climbed(plan, facts["divergence"], facts["rung"], facts.get("leg", 1))
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         logger.warning("%s is unreadable and will be made again (%s)", path, error)
         return None

@@ -10,13 +10,17 @@ import numpy.typing as npt
 
 from autocompress.front import drop_between, latency_of
 from autocompress.pareto import hypervolume
-from autocompress.plan import FrontPoint, Metric
+from autocompress.plan import FrontPoint, Metric, SplitGap
 
 Scores = npt.NDArray[np.float64]
 Z95 = 1.959964
 
 DROP_SPAN, SPEED_SPAN, SHRINK_SPAN = 10.0, 3.0, 5.0
 """The hypervolume's box: 10 points of quality, 8x faster, 32x smaller."""
+
+GAP_DRAWS = 4000
+
+_SHRINKING = frozenset({"size_bytes", "peak_memory_bytes"})
 
 
 def interval(scores: Scores) -> tuple[float, float]:
@@ -50,19 +54,61 @@ def ties(scores: Mapping[str, Scores]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def front_hypervolume(metric: Metric, reference: FrontPoint, points: Sequence[FrontPoint]) -> float:
-    """The share of the box (drop, log2 speed-up, log2 shrinkage) that a front dominates, 0 to 1.
+def split_gap(validation: Sequence[Scores], test: Sequence[Scores]) -> SplitGap | None:
+    """How much better a front looks on the samples that it was chosen on; None without points.
 
-    Drops run from 0 to 10 points of validation quality, speed-ups to 8x, shrinkage to 32x.
+    Points answer the same samples, and much alike: what chance gives is drawn from a normal distribution with the
+    covariance of their answers.  It is for people to read; no choice depends on it.
+
+    Args:
+        validation: one array of sample scores a point.
+        test: likewise, in the same order.
     """
-    base = latency_of(reference)
+    if not validation:
+        return None
+    differences = np.array([float(v.mean() - t.mean()) for v, t in zip(validation, test, strict=True)])
+    pooled = np.hstack([np.stack(validation), np.stack(test)])
+    spread = np.atleast_2d(np.cov(pooled)) * (1 / len(validation[0]) + 1 / len(test[0]))
+    half = Z95 * math.sqrt(max(float(spread.mean()), 0.0))
+    draws = np.random.default_rng(0).multivariate_normal(np.zeros(len(spread)), spread, GAP_DRAWS, method="eigh")
+    low, high = np.quantile(draws.max(axis=1), [0.025, 0.975])
+    return SplitGap(
+        mean=float(differences.mean()),
+        mean_by_chance=(-half, half),
+        largest=float(differences.max()),
+        largest_by_chance=(float(low), float(high)),
+    )
+
+
+def span_of(cost: str) -> float:
+    """The box's extent along a cost, in halvings."""
+    return SHRINK_SPAN if cost in _SHRINKING else SPEED_SPAN
+
+
+def front_hypervolume(
+    metric: Metric,
+    reference: FrontPoint,
+    points: Sequence[FrontPoint],
+    objectives: Sequence[str] = ("error", "latency_ms", "size_bytes"),
+) -> float:
+    """The share of the box that a front dominates over its objectives, 0 to 1.
+
+    Drops run from 0 to 10 points of validation quality; latency, energy and MACs to an eighth of the original's, size
+    and memory to a thirty-second, by their logarithms.
+    """
     rows = []
     for point in points:
-        latency = latency_of(point)
-        if not base or not latency:
-            continue
-        drop = max(0.0, drop_between(metric, reference, point, "validation")) / DROP_SPAN
-        speed = min(math.log2(base / latency) / SPEED_SPAN, 1.0)
-        shrink = min(math.log2(reference.size_bytes / point.size_bytes) / SHRINK_SPAN, 1.0)
-        rows.append([drop, 1.0 - speed, 1.0 - shrink])
-    return hypervolume(np.array(rows).reshape(-1, 3), [1.0, 1.0, 1.0])
+        row = [_normalised(metric, reference, point, name) for name in objectives]
+        if all(value is not None for value in row):
+            rows.append(row)
+    return hypervolume(np.array(rows, dtype=np.float64).reshape(-1, len(objectives)), [1.0] * len(objectives))
+
+
+def _normalised(metric: Metric, reference: FrontPoint, point: FrontPoint, name: str) -> float | None:
+    """An objective in the unit box; None where it is not known."""
+    if name == "error":
+        return max(0.0, drop_between(metric, reference, point, "validation")) / DROP_SPAN
+    base, cost = (latency_of(p) if name == "latency_ms" else getattr(p, name) for p in (reference, point))
+    if not base or not cost:
+        return None
+    return 1.0 - min(math.log2(base / cost) / span_of(name), 1.0)

@@ -16,7 +16,7 @@ import pandas as pd
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from autocompress.plan import CompressionPlan
+from autocompress.plan import CompressionPlan, digest_of
 from autocompress.search.evaluate import Stitched
 from autocompress.search.menu import Menu
 
@@ -26,6 +26,7 @@ PLAN = "plan"
 ERROR = "stitched_error"
 SAME_AS = "same_as"
 RETRY_OF = "retry_of"
+ADOPTED = "adopted_from"
 DIGITS = 3
 
 
@@ -58,6 +59,18 @@ class Scored:
     costs: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Adopted:
+    """A plan that another study evaluated, with its choices from this menu and its costs as they are predicted now."""
+
+    plan: CompressionPlan
+    choices: tuple[int, ...]
+    divergence: float
+    error: float
+    costs: Mapping[str, float]
+    origin: str
+
+
 class PlanStudy:
     """A persistent study over plans.
 
@@ -81,7 +94,8 @@ class PlanStudy:
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.menu, self.costs, self.limits = menu, tuple(costs), dict(limits)
-        name = f"plans-{menu.digest}"
+        # Over other costs or under other limits the same trials would have other values and states.
+        self.name = name = f"plans-{digest_of([menu.digest, self.costs, self.limits])}"
         self.study = optuna.create_study(
             storage=open_storage(storage),
             study_name=name,
@@ -111,6 +125,29 @@ class PlanStudy:
         for choices in seeds:
             labels = {k.name: k.options[c].label for k, c in zip(self.menu.knobs, choices, strict=True)}
             self.study.enqueue_trial(labels, skip_if_exists=True)
+
+    def adopt(self, known: Iterable[Adopted]) -> None:
+        """Takes over plans that another study evaluated: they are not evaluated again, and count as candidates."""
+        distributions: dict[str, optuna.distributions.BaseDistribution] = {
+            knob.name: optuna.distributions.CategoricalDistribution([option.label for option in knob.options])
+            for knob in self.menu.knobs
+        }
+        for item in known:
+            trial = optuna.trial.create_trial(
+                values=[item.divergence, *(item.costs[name] for name in self.costs)],
+                params={k.name: k.options[c].label for k, c in zip(self.menu.knobs, item.choices, strict=True)},
+                distributions=distributions,
+                user_attrs={PLAN: item.plan.model_dump_json(), ERROR: item.error, ADOPTED: item.origin},
+            )
+            self.study.add_trial(trial)
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            plan = CompressionPlan.model_validate_json(trial.user_attrs[PLAN])
+            self._known.setdefault(plan.structure_digest, trial)
+
+    @property
+    def adopted(self) -> int:
+        """Trials that were taken over from another study."""
+        return sum(ADOPTED in trial.user_attrs for trial in self.study.get_trials(deepcopy=False))
 
     @property
     def trials(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from autocompress.config import OBJECTIVES, RunConfig
+from autocompress.config import MOST_OBJECTIVES, OBJECTIVES, RunConfig
 from autocompress.errors import UsageError
 from autocompress.hardware.analytic_profile import AnalyticProfile
 from autocompress.hardware.profile import LOCAL, FittedProfile, HardwareProfile, cpu_description
@@ -58,8 +58,20 @@ def counted_costs(config: RunConfig, limits: Mapping[str, float], dense: Estimat
     What the device can hold does not count where the original already keeps well within it.
     """
     binding = {name for name in limits if name in dense.costs and dense.costs[name].high > limits[name]}
-    counted = {*config.objectives, *config.budgets, *binding} - {"error", "drop"}
+    counted = {*searched_costs(config), *config.objectives, *config.budgets, *binding} - {"error", "drop"}
     return sorted(counted, key=OBJECTIVES.index)
+
+
+def searched_costs(config: RunConfig) -> tuple[str, ...]:
+    """The costs that stitched candidates trade their divergence off against, in the objectives' order.
+
+    The divergence is always one side of that: quality counts as an objective, through its budget, or both.  Where the
+    error is the only objective, the costs that have a budget are the other side (plans along a budget's edge come from
+    those that are cheaper), and time and size where there is no budget either.
+    """
+    costs = tuple(name for name in config.objectives if name != "error")
+    bound = tuple(name for name in OBJECTIVES if name in config.budgets)
+    return costs or bound[: MOST_OBJECTIVES - 1] or ("latency_ms", "size_bytes")
 
 
 def executed_types(profile: HardwareProfile) -> tuple[str, ...]:

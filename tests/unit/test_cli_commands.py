@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +26,7 @@ DESIGN_FLAGS = [
     *("--task", "--model", "--weights", "--data", "--hardware", "--runtime", "--threads", "--batch", "--device"),
     *("--space", "--freeze", "--teacher", "--max-latency-ms", "--max-size-mb", "--max-memory-mb", "--max-energy-mj"),
     *("--max-macs", "--max-drop", "--objectives", "--time-budget", "--trials", "--seed", "--executor", "--storage"),
-    *("--out", "--resume", "--dry-run", "--json", "--quiet"),
+    *("--out", "--resume", "--reuse", "--dry-run", "--json", "--quiet"),
 ]
 
 
@@ -191,6 +194,20 @@ def test_interrupted_search_exits_130_and_says_what_is_kept(monkeypatch: pytest.
     assert result.exit_code == 130
     assert f"the front so far is kept in {tmp_path / 'run'}" in result.stderr
     assert "--resume" in result.stderr
+
+
+def test_a_stop_from_outside_is_an_interruption(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stopped(config: RunConfig, *, progress) -> None:
+        fake_search(config, progress=progress)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5.0)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(api, "search", stopped)
+    result = call("search", "--out", tmp_path / "run")
+    assert result.exit_code == 130
+    assert f"the front so far is kept in {tmp_path / 'run'}" in result.stderr
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_start_that_fails_leaves_no_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

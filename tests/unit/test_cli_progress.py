@@ -67,3 +67,5 @@ def test_the_table_is_whole_at_any_width(tmp_path: Path, width: int) -> None:
     assert "…" not in text
     assert "4.7x" in text
     assert "all channels" in text
+    assert "tied with" in text
+    assert "Validation minus test accuracy over the 12 points:" in text

@@ -55,7 +55,11 @@ def test_budgets_in_the_units_of_the_front() -> None:
         ({"time_budget": "ten minutes"}, "--time-budget: 'ten minutes' is not a duration; write e.g. 90s"),
         ({"time_budget": "0s"}, "--time-budget: 0.0 is not allowed"),
         ({"objectives": "error,latency"}, "--objectives: unknown objective 'latency'; nearest: 'latency_ms'"),
-        ({"objectives": "latency_ms,size_bytes"}, "need 'error' and at least one cost"),
+        ({"objectives": "latency_ms,size_bytes"}, "--objectives latency_ms,size_bytes has no word on quality"),
+        ({"objectives": "latency_ms", "max_size_mb": 2}, "add --max-drop POINTS, e.g. --max-drop 1, or error"),
+        ({"objectives": ","}, "--objectives: 0 objectives given; give 1 to 4 of error, latency_ms"),
+        ({"objectives": "error,latency_ms,size_bytes,macs,energy_mj"}, "--objectives: 5 objectives given; give 1 to 4"),
+        ({"reuse": "absent"}, "--reuse: 'absent' holds no run (no config.yaml)"),
         ({"objectives": "error,macs,macs"}, "repeat"),
         ({"freeze": ["re:("]}, "--freeze: 're:(' is not a regular expression"),
         ({"weights": "w.ckpt"}, "--weights: 'w.ckpt' is no weights file; allowed: .safetensors"),
@@ -168,3 +172,58 @@ def test_no_durations(text: str) -> None:
 
 def test_counts() -> None:
     assert [parse_count(text) for text in ("1_000", "2k", "1.5M", "3G")] == [1000, 2000, 1_500_000, 3_000_000_000]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"objectives": "error", "max_size_mb": 2},
+        {"objectives": "error"},
+        {"objectives": "latency_ms", "max_drop": 1},
+        {"objectives": "latency_ms,size_bytes", "max_drop": 1},
+        {"objectives": "latency_ms,size_bytes,macs,energy_mj", "max_drop": 0},
+        {"objectives": "error,peak_memory_bytes,energy_mj,macs"},
+    ],
+)
+def test_one_to_four_objectives(flags: dict[str, object]) -> None:
+    assert load_config(flags=flags).objectives == tuple(str(flags["objectives"]).split(","))
+
+
+def test_only_flags_and_keywords_were_given(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", "time_budget: 5m\nseed: 3\n")
+    config = load_config(file, {"seed": 4, "trials": None})
+    assert [key for key in ("time_budget", "seed", "trials", "task") if config.gave(key)] == ["seed"]
+    assert config.model_copy(update={"out": tmp_path}).gave("seed")
+    assert RunConfig.create(time_budget="5m").gave("time_budget")
+
+
+def lender(folder: Path) -> Path:
+    flags = {"out": folder, "task": "fashion-mnist", "threads": 1, "seed": 3, "freeze": ["conv1"]}
+    asked = {"max_drop": 1, "objectives": "latency_ms", "time_budget": "7m"}
+    open_run_directory(load_config(flags={**flags, **asked}))
+    return folder
+
+
+def test_a_run_lends_what_it_is_of_and_not_what_was_asked_of_it(tmp_path: Path) -> None:
+    config = load_config(flags={"reuse": lender(tmp_path / "first"), "max_size_mb": 0.1, "time_budget": "0s"})
+    assert (config.task, config.model, config.seed, config.freeze) == ("fashion-mnist", "resnet20", 3, ("conv1",))
+    assert (config.max_drop, config.max_size_mb, config.time_budget) == (None, 0.1, 0.0)
+    assert config.objectives == ("error", "latency_ms", "size_bytes")
+
+
+@pytest.mark.parametrize(("key", "value"), [("threads", 2), ("task", "digits"), ("freeze", ["fc"]), ("batch", 8)])
+def test_a_run_does_not_answer_for_another_target_or_task(tmp_path: Path, key: str, value: object) -> None:
+    first = lender(tmp_path / "first")
+    with pytest.raises(UsageError, match=rf"--{key}: .* differs from .* in .*config\.yaml; what was measured there"):
+        load_config(flags={"reuse": first, key: value})
+
+
+def test_the_configuration_of_a_run_that_reused_another_stands_alone(tmp_path: Path) -> None:
+    first = lender(tmp_path / "first")
+    open_run_directory(load_config(flags={"reuse": first, "out": tmp_path / "second", "max_drop": 2}))
+    first.rename(tmp_path / "gone")
+    assert load_config(tmp_path / "second" / "config.yaml").task == "fashion-mnist"
+    resumed = load_config(flags={"out": tmp_path / "second", "resume": True})
+    assert resumed.reuse == first
+    with pytest.raises(UsageError, match=r"--reuse: .* differs from"):
+        load_config(flags={"out": tmp_path / "second", "resume": True, "reuse": tmp_path / "gone"})

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from autocompress.front import load_front
-from autocompress.plan import CompressionPlan, LayerPlan, Student
+from autocompress.plan import CompressionPlan, LayerPlan, SplitGap, Student
 from autocompress.report import diagnostics, figures
-from autocompress.report.describe import describe_plan, highlights, verdict
+from autocompress.report.describe import describe_plan, highlights, split_gap_text, tied_text, verdict
 from autocompress.report.html import write_report
 from autocompress.report.space import SpaceSummary, read_space
 from autocompress.report.tables import read_rejected, read_trials, readable_points
@@ -96,6 +96,75 @@ def test_any_front_renders_without_the_other_files(tmp_path: Path, front) -> Non
     page = write_report(build_run(tmp_path / "run", front, extras=False)).read_text(encoding="utf-8")
     assert ("still running" in page) == (front.status == "running")
     assert ("the target was not present" in page) == (not front.verified)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "first"),
+    [
+        (("error",), "latency"),
+        (("macs",), "macs"),
+        (("latency_ms", "size_bytes"), "latency"),
+        (("energy_mj", "peak_memory_bytes", "size_bytes", "macs"), "energy"),
+        (("error", "peak_memory_bytes", "latency_ms", "size_bytes"), "memory"),
+    ],
+)
+def test_a_front_of_any_objectives_renders_against_them(
+    tmp_path: Path, objectives: tuple[str, ...], first: str
+) -> None:
+    front = make_front(1 if len(objectives) == 1 else 5)
+    points = tuple(point.model_copy(update={"energy_mj": 0.1}) for point in front.points)
+    front = front.model_copy(update={"objectives": objectives, "constraints": {"drop": 1.0}, "points": points})
+    page = write_report(build_run(tmp_path / "run", front)).read_text(encoding="utf-8")
+    charts = chart_data(page)
+    wanted = {"macs": "macs", "energy_mj": "energy", "peak_memory_bytes": "memory"}
+    axes = {"latency", "size", *(wanted[name] for name in objectives if name in wanted)}
+    assert {f"front-{axis}-{split}" for axis in axes for split in ("test", "validation")} <= set(charts)
+    assert set(re.findall(r'data-figure="([^"]+)"', page)) <= set(charts)
+    assert f'data-figure="front-{first}-test"' in page
+    assert (first == "energy") == ("energy, mJ (log scale)" in page)
+
+
+def test_the_history_is_over_quality_and_the_costs_that_were_searched(tmp_path: Path) -> None:
+    for name, objectives in (("one", ("latency_ms",)), ("error", ("error",)), ("two", ("size_bytes", "latency_ms"))):
+        front = make_front(3).model_copy(update={"objectives": objectives, "constraints": {"drop": 1.0}})
+        page = write_report(build_run(tmp_path / name, front)).read_text(encoding="utf-8")
+        assert "history" in chart_data(page)
+
+
+def test_a_single_point_is_named_by_what_was_asked_for(tmp_path: Path) -> None:
+    front = make_front(1).model_copy(
+        update={"objectives": ("latency_ms",), "constraints": {"drop": 1.0, "size_bytes": 2e6}}
+    )
+    (item,) = highlights(load_front(build_run(tmp_path / "run", front)))
+    assert item.title == "Fastest, within drop 1.00 points, size 2 MB"
+
+
+def test_the_gap_between_validation_and_test_stands_beside_chance(tmp_path: Path) -> None:
+    gap = SplitGap(mean=0.004, mean_by_chance=(-0.005, 0.005), largest=0.01, largest_by_chance=(-0.004, 0.006))
+    front = make_front(2)
+    scores = ((0.93, 0.92), (0.92, 0.922))
+    points = tuple(
+        point.model_copy(update={"quality": point.quality.model_copy(update={"validation": v, "test": t})})
+        for point, (v, t) in zip(front.points, scores, strict=True)
+    )
+    front = front.model_copy(update={"points": points, "search": front.search.model_copy(update={"split_gap": gap})})
+    loaded = load_front(build_run(tmp_path / "run", front))
+    text = split_gap_text(loaded)
+    assert text == (
+        "Validation minus test accuracy over the 2 points: +0.40 points on average (chance alone: -0.50 to +0.50), "
+        "+1.00 points at most (chance alone: -0.40 to +0.60)."
+    )
+    assert text in write_report(loaded.path).read_text(encoding="utf-8")
+    older = load_front(build_run(tmp_path / "older", front.model_copy(update={"search": make_front(2).search})))
+    assert "chance" not in split_gap_text(older)
+    assert "+0.40 points on average, +1.00 points at most" in split_gap_text(older)
+    assert split_gap_text(load_front(build_run(tmp_path / "empty", make_front(0)))) == ""
+
+
+def test_ties_are_named(page: str) -> None:
+    assert ">tied with p01</span>" in page
+    assert tied_text(["a", "b", "c", "d", "e"]) == "a, b and 3 more"
+    assert tied_text([]) == ""
 
 
 def test_files_cut_off_in_mid_write_are_left_out(tmp_path: Path) -> None:

@@ -91,6 +91,22 @@ def test_test_quality_does_not_decide(tmp_path: Path) -> None:
     assert names(made) == ["a"]
 
 
+def test_permuted_test_scores_change_no_choice(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    chosen = []
+    for order in (range(8), rng.permutation(8)):
+        points = [
+            point(f"p{i}", 0.90 + 0.005 * i, 0.3 + 0.05 * (i % 3), 100_000 + 10_000 * i, test=0.80 + 0.02 * order[i])
+            for i in range(8)
+        ]
+        made = delivery(tmp_path / str(len(chosen)), *points, limits={"drop": 4.0})
+        for p in points:
+            made._scores[p.id, "test"] = rng.random(1000).round()
+        kept, rejected = made.select()
+        chosen.append(([p.id for p in kept], [p.tied_with for p in kept], rejected))
+    assert chosen[0] == chosen[1]
+
+
 def test_the_original_and_the_baseline_are_not_candidates(tmp_path: Path) -> None:
     made = delivery(tmp_path, point(UNIFORM_INT8, 0.95, 0.1, 1_000), point("a", 0.90, 0.5, 100_000))
     assert names(made) == ["a"]
@@ -123,6 +139,58 @@ def test_dominance_is_over_the_objectives_asked_for(tmp_path: Path) -> None:
     points = point("a", 0.93, 0.5, 100_000), point("b", 0.92, 0.6, 50_000)
     assert names(delivery(tmp_path, *points)) == ["a", "b"]
     assert names(delivery(tmp_path, *points, objectives=("error", "latency_ms"))) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("objectives", "limits", "kept"),
+    [
+        (("error",), {"size_bytes": 300_000}, ["b"]),
+        (("latency_ms",), {"drop": 4.0}, ["b", "c"]),
+        (("latency_ms",), {"drop": 1.0}, ["a"]),
+        (("latency_ms", "size_bytes"), {"drop": 4.0}, ["c"]),
+        (("size_bytes", "latency_ms", "macs", "peak_memory_bytes"), {"drop": 4.0}, ["a", "c"]),
+        (("error", "latency_ms", "size_bytes", "macs"), {}, ["a", "b", "c", "d"]),
+    ],
+)
+def test_a_front_of_one_to_four_objectives(
+    tmp_path: Path, objectives: tuple[str, ...], limits: dict[str, float], kept: list[str]
+) -> None:
+    made = delivery(
+        tmp_path,
+        point("a", 0.94, 0.60, 400_000, macs=10, peak_memory_bytes=10),
+        point("b", 0.93, 0.302, 250_000, macs=20, peak_memory_bytes=20),
+        point("c", 0.92, 0.300, 100_000, macs=20, peak_memory_bytes=20),
+        point("d", 0.80, 0.100, 50_000, macs=20, peak_memory_bytes=20),
+        limits=limits,
+        objectives=objectives,
+    )
+    assert names(made) == kept
+    front = made.publish("complete", 4, 1.0, {})
+    loaded = load_front(tmp_path)
+    assert [p.id for p in loaded.points] == kept
+    assert 0.0 < front.search.hypervolume <= 1.0
+    assert loaded.knee().id in kept
+    assert loaded.best(prefer="latency").id in kept
+    rejected = pd.read_csv(tmp_path / "rejected.csv").set_index("id")["reason"]
+    assert set(rejected.index) == {"a", "b", "c", "d"} - set(kept)
+
+
+def test_a_published_point_gives_way_to_what_dominates_it_alone(tmp_path: Path) -> None:
+    made = delivery(tmp_path, point("old", 0.900, 0.500, 100_000))
+    before = made.publish("complete", 1, 1.0, {}).search.hypervolume
+    # More accurate, and within 2% on every axis, though not as fast and small: on its own it would take the place.
+    for given in delivery(tmp_path / "other", point("new", 0.901, 0.505, 101_000)).points.values():
+        if given.id == "new":
+            made.points["new"] = given
+            made.uppers["new"] = 0.52
+            made._scores["new", "validation"] = np.array([1.0] * 901 + [0.0] * 99)
+    assert names(made) == ["old"]
+    assert made.publish("complete", 2, 2.0, {}).search.hypervolume == before
+    again = Delivery(tmp_path, made.task, TARGET, made.objectives, {}, seed=0)
+    assert again.standing == {"old"}
+    # Where neither stands yet, the more accurate one does.
+    made.standing = frozenset()
+    assert names(made) == ["new"]
 
 
 def test_a_point_of_unknown_cost_is_left_out_with_a_reason(tmp_path: Path) -> None:
@@ -306,6 +374,19 @@ def test_predictions_are_taken_up_again(tmp_path: Path) -> None:
     again = Delivery(tmp_path, made.task, TARGET, made.objectives, {}, seed=0, present=False)
     assert names(again) == ["a"]
     assert (again.uppers["a"], again.bounds["a"]) == (pytest.approx(0.36), {"energy_mj": 1.3})
+
+
+def test_a_stop_between_a_file_and_its_metrics_leaves_the_size_true(tmp_path: Path) -> None:
+    made = delivery(tmp_path, point("a", 0.93, 0.5, 100_000))
+    for name in (ORIGINAL, "a"):
+        made._save(name)
+        for split in ("validation", "test"):
+            np.save(tmp_path / ".work" / "models" / name / f"{split}.npy", np.ones(4, dtype=np.float32))
+    artifact = tmp_path / ".work" / "models" / "a" / "model.onnx"
+    artifact.write_bytes(artifact.read_bytes() + b" " * 12)
+    again = Delivery(tmp_path, made.task, TARGET, made.objectives, {}, seed=0)
+    assert again.points["a"].size_bytes == made.points["a"].size_bytes + 12
+    assert again.points[ORIGINAL].size_bytes == made.points[ORIGINAL].size_bytes
 
 
 def test_infeasible_predictions_say_that_they_are(tmp_path: Path) -> None:

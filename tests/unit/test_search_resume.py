@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from autocompress import api
-from autocompress.config import RunConfig
+from autocompress.config import RunConfig, load_config
 from autocompress.errors import InfeasibleError, UsageError
 from autocompress.hardware.profile import HardwareProfile
 from autocompress.search import engine
+from autocompress.search.legs import Leg, mark_done, read_leg
 from tests.fixtures.runs import build_run, make_front
 from tests.fixtures.search import make_profile
 
@@ -20,7 +21,8 @@ from tests.fixtures.search import make_profile
 def _prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is loaded: what is prepared is never looked at."""
     profile: HardwareProfile = make_profile()
-    prepared = SimpleNamespace(space=None, task=None, teacher=None, profile=profile)
+    identity = SimpleNamespace(write=lambda run: None)
+    prepared = SimpleNamespace(space=None, task=None, teacher=None, profile=profile, identity=identity)
     monkeypatch.setattr(api, "_prepare", lambda config, progress: prepared)
 
 
@@ -39,7 +41,11 @@ class Engine:
         (self.run / ".work" / "spent.json").write_text("1.0")
         if self.raises:
             raise self.raises
+        given = (self.run / "config.yaml").read_text()
         build_run(self.run)
+        (self.run / "config.yaml").write_text(given)
+        (self.run / ".work" / "models").mkdir(exist_ok=True)
+        mark_done(self.run)
 
 
 @pytest.fixture
@@ -63,16 +69,39 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, stand_in: type[Engine])
 
 def test_more_time_goes_on_with_a_finished_run(tmp_path: Path, stand_in: type[Engine]) -> None:
     api.search(RunConfig.create(task="digits", time_budget="20s", out=tmp_path / "run"))
-    api.search(RunConfig.create(task="digits", time_budget="30s", out=tmp_path / "run", resume=True))
+    api.search(RunConfig.create(task="digits", out=tmp_path / "run", resume=True))
+    assert stand_in.calls == 1
+    api.search(RunConfig.create(task="digits", time_budget="20s", out=tmp_path / "run", resume=True))
     assert stand_in.calls == 2
-    api.search(RunConfig.create(task="digits", time_budget="5s", out=tmp_path / "run", resume=True))
-    assert stand_in.calls == 2
+    # One second was spent before the second leg began.
+    assert read_leg(tmp_path / "run") == Leg(2, 1.0, 20.0, done=True)
+    assert load_config(tmp_path / "run" / "config.yaml").time_budget == 21.0
+
+
+def test_nothing_is_loaded_for_a_run_that_is_finished(
+    tmp_path: Path, stand_in: type[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.search(config(tmp_path / "run"))
+    monkeypatch.setattr(api, "_prepare", None)
+    assert len(api.search(config(tmp_path / "run", resume=True))) == 12
+
+
+def test_an_interrupted_leg_stays_open(tmp_path: Path, stand_in: type[Engine]) -> None:
+    api.search(RunConfig.create(task="digits", time_budget="20s", out=tmp_path / "run"))
+    stand_in.raises = KeyboardInterrupt()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        api.search(RunConfig.create(task="digits", time_budget="9s", out=tmp_path / "run", resume=True))
+    stand_in.raises = None
+    api.search(RunConfig.create(task="digits", out=tmp_path / "run", resume=True))
+    assert stand_in.calls == 3
+    assert read_leg(tmp_path / "run") == Leg(2, 1.0, 9.0, done=True)
 
 
 def test_a_run_that_ended_without_a_model_says_so_again(tmp_path: Path, stand_in: type[Engine]) -> None:
     run = tmp_path / "run"
     api.search(config(run))
     build_run(run, make_front(0))
+    mark_done(run)
     with pytest.raises(InfeasibleError, match=r"ended without a model that keeps its budgets \(drop <= 8\)") as error:
         api.search(config(run, resume=True))
     assert error.value.exit_code == 3

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autocompress.plan import CompressionPlan, FrontPoint, Metric
-from autocompress.search.scoring import front_hypervolume, interval, paired_drop, ties
+from autocompress.search.scoring import front_hypervolume, interval, paired_drop, split_gap, ties
 from tests.fixtures.runs import make_point
 
 
@@ -101,3 +101,60 @@ def test_a_metric_that_is_no_fraction_counts_in_its_own_unit() -> None:
     metric = Metric(name="error", unit="m", higher_is_better=False)
     worse = point("p", 5.95, 1.0, 1_000)
     assert front_hypervolume(metric, REFERENCE, [worse]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "expected"),
+    [
+        (("error",), 0.5),
+        (("latency_ms",), 1 / 3),
+        (("size_bytes",), 2 / 5),
+        (("latency_ms", "size_bytes"), 1 / 3 * 2 / 5),
+        (("error", "latency_ms", "size_bytes", "macs"), 0.5 * 1 / 3 * 2 / 5 * 2 / 3),
+        (("latency_ms", "peak_memory_bytes", "energy_mj", "macs"), 1 / 3 * 1 / 5 * 1.0 * 2 / 3),
+    ],
+)
+def test_the_hypervolume_is_over_the_objectives(objectives: tuple[str, ...], expected: float) -> None:
+    """Half the drop of the box, 2x of 8x faster, 4x of 32x smaller, 4x fewer MACs, 2x less memory, 8x less energy."""
+    reference = REFERENCE.model_copy(update={"macs": 400, "peak_memory_bytes": 1000, "energy_mj": 8.0})
+    middle = point("middle", 0.90, 4.0, 8_000)
+    middle = middle.model_copy(update={"macs": 100, "peak_memory_bytes": 500, "energy_mj": 1.0})
+    assert front_hypervolume(Metric(), reference, [middle], objectives) == pytest.approx(expected)
+    unknown = middle.model_copy(update={"peak_memory_bytes": None, "macs": 0})
+    wanted = expected if not {"macs", "peak_memory_bytes"} & set(objectives) else 0.0
+    assert front_hypervolume(Metric(), reference, [unknown], objectives) == pytest.approx(wanted)
+
+
+# -------------------------------------------------------------------------------------------- validation against test
+
+
+def test_the_gap_between_the_splits_is_what_the_scores_say() -> None:
+    gap = split_gap([answers(95, 100), answers(90, 100)], [answers(180, 200), answers(184, 200)])
+    assert gap is not None
+    assert gap.mean == pytest.approx((0.05 - 0.02) / 2)
+    assert gap.largest == pytest.approx(0.05)
+    assert split_gap([], []) is None
+
+
+def test_what_chance_gives_covers_samples_of_one_population_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    within = np.zeros(2)
+    rounds = 300
+    for _ in range(rounds):
+        # Five points that answer alike, as points of one front do.
+        hard = rng.random(1000)
+        scores = [(hard + 0.1 * rng.random(1000) < 0.9).astype(float) for _ in range(5)]
+        gap = split_gap([s[:400] for s in scores], [s[400:] for s in scores])
+        assert gap is not None
+        within += [
+            gap.mean_by_chance[0] <= gap.mean <= gap.mean_by_chance[1],
+            gap.largest_by_chance[0] <= gap.largest <= gap.largest_by_chance[1],
+        ]
+    assert (within / rounds > 0.91).all()
+    assert (within / rounds < 0.99).all()
+
+
+def test_one_point_without_a_wrong_answer_has_no_gap() -> None:
+    gap = split_gap([answers(10, 10)], [answers(20, 20)])
+    assert gap is not None
+    assert (gap.mean, gap.largest, gap.mean_by_chance) == (0.0, 0.0, (0.0, 0.0))
