@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +21,8 @@ from autocompress.graph.executor import build_module
 from autocompress.graph.read import read_model
 from autocompress.hardware.models import cost_model
 from autocompress.hardware.profile import HardwareProfile
-from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.database import LayerDatabase
+from autocompress.methods.quantization import gives_float
 from autocompress.methods.statistics import collect
 from autocompress.plan import CompressionPlan, Front, LayerPlan, Original
 from autocompress.progress import Progress
@@ -37,6 +37,7 @@ from autocompress.search.ladder import best_gain
 from autocompress.search.menu import Menu, complete, format_of
 from autocompress.search.pruning import prune
 from autocompress.search.seeds import FORMATS, Sensitivity, dp_front, measure_sensitivity, uniform_seeds
+from autocompress.search.stages import Stages
 from autocompress.search.study import PlanStudy, Scored
 from autocompress.search.target import (
     counted_costs,
@@ -90,14 +91,15 @@ class Engine:
     ) -> None:
         self.config, self.space, self.task, self.teacher = config, space, task, teacher
         self.profile, self.run, self.clock, self.progress = profile, run, clock, progress
-        self.stages: dict[str, float] = {}
+        self.stages = Stages()
         self.trials = 0
         self.present = is_present(config, profile)
         self.limits = limits_of(config, profile)
         target = target_of(config, profile)
         self.delivery = Delivery(
-            run, task, target, config.objectives, self.limits, config.seed, self.present, knows_energy(profile)
-        )
+            run, task, target, config.objectives, self.limits, config.seed, self.present, knows_energy(profile),
+            stages=self.stages,
+        )  # fmt: skip
 
     def execute(self) -> Front:
         """Runs all stages; what is already done in the run directory is not done again.
@@ -123,11 +125,10 @@ class Engine:
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         """Adds the time of a stage to the run's account."""
-        started = time.monotonic()
         try:
-            yield
+            with self.stages.of(name):
+                yield
         finally:
-            self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - started
             self.clock.save()
 
     # --------------------------------------------------------------------------------------------------- set-up
@@ -138,6 +139,7 @@ class Engine:
             self.progress.stage("read")
             graph, weights = read_model(task.model, task.example_inputs)
             menu = Menu(graph, self.space, config.freeze, config.origin("freeze"))
+            menu.check_choice(config.origin("space"))
             dense = build_module(graph, weights)
             calibration = task.split("calibration")
             batches = [(calibration.batch(slice(i, i + 128)).inputs[0],) for i in range(0, len(calibration), 128)]
@@ -198,11 +200,12 @@ class Engine:
         """Exports and measures the original and its uniform int8 form; gives the original's predicted costs."""
         dense = complete(original.graph, CompressionPlan())
         int8 = LayerPlan(compute="int8", storage=format_of("int8", 8).storage)
-        layers = {layer.name: int8 for layer in original.graph.compressible}
+        layers = {layer.name: int8 for layer in original.graph.compressible if not gives_float(original.graph, layer)}
         uniform = complete(original.graph, CompressionPlan(layers=layers))
         for name, plan in ((ORIGINAL, dense), (UNIFORM_INT8, uniform)):
-            if name not in self.delivery.points:
-                self.delivery.add(name, database.stitch(plan), original.skeleton.estimate(plan))
+            if plan == dense and name != ORIGINAL:
+                continue  # No layer can compute in integers: there is no such model.
+            self.delivery.add(name, partial(database.stitch, plan), original.skeleton.estimate(plan))
         if ORIGINAL not in self.delivery.points:
             raise UsageError(f"the original does not run as exported: {self.delivery.failures[ORIGINAL]}")
         self.delivery.measure([UNIFORM_INT8], MEASURE_S)
@@ -250,7 +253,7 @@ class Engine:
         stored = read_json(path)
         if stored is not None and [len(row) for row in stored] == [len(k.options) for k in context.menu.knobs]:
             return Sensitivity(tuple(np.array(row) for row in stored))
-        found = measure_sensitivity(context.menu, context.evaluator.quick, self.progress)
+        found = measure_sensitivity(context.menu, context.evaluator.quick_or_worst, self.progress)
         write_text(path, json.dumps([row.tolist() for row in found.divergence]))
         return found
 
@@ -270,14 +273,13 @@ class Engine:
                 break
             present.append(rows[index])
             plans.append(scored[index].plan)
-        models: list[tuple[CompressionPlan, CompressedModel]] = []
+        names = []
         for plan in plans:
             costs = prices(original.skeleton, plan)
             if all(costs[name] <= limit for name, limit in context.hard.items()):
-                models.append((plan, context.evaluator.build(plan)))
-        for plan, compressed in models:
-            self.delivery.add(name_of(plan), compressed, original.skeleton.estimate(priced(plan)))
-        names = [name_of(plan) for plan, _ in models]
+                names.append(name_of(plan))
+                make = partial(context.evaluator.build, plan)
+                self.delivery.add(names[-1], make, original.skeleton.estimate(priced(plan)))
         self.delivery.measure(names, MEASURE_S)
         self._publish("running")
         # From here on, and from each structure that is recovered, prices follow what was measured.  The study before
@@ -288,4 +290,5 @@ class Engine:
 
     def _publish(self, status: Literal["running", "complete"]) -> Front:
         self.clock.save()
-        return self.delivery.publish(status, self.trials, self.clock.spent, self.stages)
+        with self.stages.of("publish"):
+            return self.delivery.publish(status, self.trials, self.clock.spent, self.stages.seconds)

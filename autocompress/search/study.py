@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.plan import CompressionPlan
 from autocompress.search.evaluate import Stitched
+from autocompress.search.failures import is_expected, reason_of
 from autocompress.search.menu import Menu
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ PLAN = "plan"
 ERROR = "stitched_error"
 SAME_AS = "same_as"
 RETRY_OF = "retry_of"
+FAILURE = "failure"
 DIGITS = 3
 
 
@@ -150,9 +152,10 @@ class PlanStudy:
                 result = evaluate(plan)
                 if not math.isfinite(result.divergence):
                     raise ArithmeticError(f"divergence {result.divergence}")
-        except (RuntimeError, ValueError, ArithmeticError) as error:
-            logger.warning("trial %d failed: %s", trial.number, error)
-            trial.set_user_attr("failure", f"{type(error).__name__}: {error}"[:500])
+        except Exception as error:
+            # Whatever it is, it is this candidate's: the others are not lost for it.
+            logger.warning("trial %d failed: %s", trial.number, error, exc_info=not is_expected(error))
+            trial.set_user_attr(FAILURE, reason_of(error))
             self.study.tell(trial, state=TrialState.FAIL)
             return None
         trial.set_user_attr(ERROR, result.error)
@@ -187,7 +190,7 @@ def _row(trial: FrozenTrial, costs: Sequence[str]) -> dict[str, object]:
         "error": trial.user_attrs.get(ERROR),
         **dict(zip(costs, values[1:], strict=True)),
         "same_as": trial.user_attrs.get(SAME_AS),
-        "failure": trial.user_attrs.get("failure"),
+        "failure": trial.user_attrs.get(FAILURE),
         "seconds": trial.user_attrs.get("seconds"),
         **trial.params,
     }
