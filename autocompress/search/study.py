@@ -150,8 +150,8 @@ class PlanStudy:
                 trial.set_user_attr(SAME_AS, known.number)
             else:
                 result = evaluate(plan)
-                if not math.isfinite(result.divergence):
-                    raise ArithmeticError(f"divergence {result.divergence}")
+                if not (math.isfinite(result.divergence) and math.isfinite(result.error)):
+                    raise ArithmeticError(f"divergence {result.divergence}, error {result.error}")
         except Exception as error:
             # Whatever it is, it is this candidate's: the others are not lost for it.
             logger.warning("trial %d failed: %s", trial.number, error, exc_info=not is_expected(error))
