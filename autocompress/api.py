@@ -127,7 +127,11 @@ def search(config: RunConfig | None = None, *, progress: Progress | None = None,
 def _finished_front(run: Path) -> LoadedFront:
     """The front of a run that ended; where it ended without one, that is said again."""
     front = load_front(run)
-    if not front.points and front.front.constraints:
+    if not front.points and not front.front.constraints:
+        raise InfeasibleError(
+            f"the run in {str(run)!r} ended without a compressed model; its rejected.csv and log.jsonl say what failed"
+        )
+    if not front.points:
         limits = ", ".join(f"{name} <= {limit:g}" for name, limit in front.front.constraints.items())
         raise InfeasibleError(
             f"the run in {str(run)!r} ended without a model that keeps its budgets ({limits}); its rejected.csv says "
@@ -477,6 +481,7 @@ def _write_manifest(run: Path) -> None:
         "front.json",
         "front.csv",
         "rejected.csv",
+        "ladder.csv",
     ]
     files = [run / name for name in names] + sorted((run / "models").glob("*/*"))
     digests = {str(f.relative_to(run)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
@@ -489,7 +494,10 @@ class _JsonLines(logging.Formatter):
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
             "level": record.levelname.lower(),
         }
-        return json.dumps({**row, "logger": record.name, "message": record.getMessage()})
+        row |= {"logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            row["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(row)
 
 
 @contextmanager

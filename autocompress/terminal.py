@@ -19,8 +19,9 @@ from autocompress.front import LoadedFront, error_of, latency_of
 from autocompress.plan import Front, FrontPoint, Metric
 from autocompress.progress import Progress, SilentProgress
 from autocompress.report.describe import quality_text, split_gap_text, tied_text, verdict
+from autocompress.report.ranking import ranking_text
 from autocompress.report.space import read_space
-from autocompress.report.tables import readable_points
+from autocompress.report.tables import read_ladder, readable_points
 from autocompress.units import format_bytes, format_duration, format_ms
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ def front_table(front: LoadedFront, width: int) -> RenderableType:
         f"{front.front.model} on {front.front.task}, {target.runtime} {target.version} on {target.hardware}, "
         f"{target.threads} thread{'s' if target.threads > 1 else ''}, batch {target.batch}{state}"
     )
-    return Group(Text(heading, style="dim"), Text(sentence, style="bold"), Text(basis), Text(""), *tables)
+    ranking = ranking_text(read_ladder(front.path))
+    last = [Text(""), Text(ranking, style="dim")] if ranking else []
+    return Group(Text(heading, style="dim"), Text(sentence, style="bold"), Text(basis), Text(""), *tables, *last)
 
 
 def _table(rows: pd.DataFrame, headings: Mapping[str, str]) -> Table:

@@ -208,7 +208,7 @@ def inspect_front(run: Path) -> tuple[LoadedFront | None, list[str]]:
 def leftovers(run: Path) -> list[str]:
     """Files that a finished run has no use for: what writes that were cut off leave behind."""
     shown = {"config.yaml", "space.json", "profile.yaml", "environment.json", "study.db", "trials.csv", "front.json"}
-    shown |= {"front.csv", "rejected.csv", "report.html", "log.jsonl", "manifest.json", "models", ".work"}
+    shown |= {"front.csv", "rejected.csv", "ladder.csv", "report.html", "log.jsonl", "manifest.json", "models", ".work"}
     front = load_front(run)
     models = {point.path.name for point in (front.reference, *front.baselines, *front.points)}
     odd = [path.name for path in run.iterdir() if path.name not in shown]

@@ -69,7 +69,7 @@ def read_samples(model: nn.Module, given: object, what: str, limit: int | None =
         UsageError: a batch is of another kind, batches differ in shape, or there is none.
     """
     if isinstance(given, TensorSplit):
-        return Samples((given.inputs,), given.targets)
+        return Samples((given.inputs,), given.labels)
     if isinstance(given, Dataset):
         given = DataLoader(given, batch_size=64)
     if isinstance(given, (Tensor, Mapping, Batch)) or (isinstance(given, tuple) and _is_batch(given)):

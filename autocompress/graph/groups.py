@@ -28,7 +28,7 @@ def find_groups(
     graph: ModelGraph, weights: Mapping[str, torch.Tensor], example_inputs: tuple[torch.Tensor, ...]
 ) -> tuple[tuple[Group, ...], dict[str, str]]:
     """The prunable groups in execution order, and for each weight layer that has none the reason."""
-    shells = on_meta(weights)
+    shells = on_meta(graph, weights)
     try:
         flow = Flow(graph, weights)
     except Exception as error:

@@ -93,6 +93,11 @@ def _check(
         given = GraphModule(graph, weights).eval()(*example_inputs)
     expected = expected if isinstance(expected, torch.Tensor) else next(iter(expected))
     given = given if isinstance(given, torch.Tensor) else given[0]
+    if expected.isnan().any():
+        raise UsageError(
+            f"the outputs of {type(module).__name__} are not numbers (nan) on the task's own samples; check its "
+            "weights and how the inputs are normalised"
+        )
     scale = float(expected.abs().max()) + 1e-6
     error = float((expected - given).abs().max()) / scale
     if not error <= TOLERANCE:

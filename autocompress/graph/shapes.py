@@ -13,9 +13,16 @@ BATCH = 1009
 """The batch shapes are traced with: a prime, so that an axis with the batch in it shows itself by its size."""
 
 
-def on_meta(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights without their values; integers and scalars keep theirs, for they may be shapes and axes."""
-    return {n: w.to("meta") if w.is_floating_point() and w.numel() > 1 else w for n, w in weights.items()}
+def on_meta(graph: ModelGraph, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights without their values; integers and scalars keep theirs, for they may be shapes and axes.
+
+    What a layer multiplies by or adds is neither, even where it is a single number: the bias of one output.
+    """
+    factors = {name for layer in graph.compressible for name in layer.weights}
+    return {
+        name: value.to("meta") if value.is_floating_point() and (value.numel() > 1 or name in factors) else value
+        for name, value in weights.items()
+    }
 
 
 def trace_shapes(
@@ -36,7 +43,7 @@ def trace(
     graph: ModelGraph, weights: Mapping[str, torch.Tensor], example_inputs: tuple[torch.Tensor, ...]
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """The whole shape and the type of every activation at a batch of ``BATCH``."""
-    module = GraphModule(graph, on_meta(weights))
+    module = GraphModule(graph, on_meta(graph, weights))
     found: dict[str, tuple[tuple[int, ...], str]] = {}
 
     def record(name: str) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -14,7 +14,7 @@ from autocompress.hardware.calibration import Observation
 from autocompress.hardware.grid import keep_count
 from autocompress.hardware.reading import TimedKernel
 from autocompress.hardware.synthetic import INT8, random_weights, with_ranges
-from autocompress.methods.quantization import activation_formats
+from autocompress.methods.quantization import activation_formats, gives_float
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph
 from autocompress.progress import Progress
 from autocompress.runtime.base import DEFAULT_RUNTIME
@@ -31,7 +31,7 @@ def anchor_plans(graph: ModelGraph, seed: int = 0, count: int = 12) -> list[Comp
         count: how many at most; the first ones cover the most.
     """
     rng = np.random.default_rng(seed)
-    names = [layer.name for layer in graph.compressible]
+    names = [layer.name for layer in graph.compressible if not gives_float(graph, layer)]
     everywhere = dict.fromkeys(names, INT8)
     alternating = {name: INT8 for name in names[::2]}
     half = len(names) // 2

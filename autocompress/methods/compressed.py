@@ -11,6 +11,15 @@ from autocompress.methods.calibration_report import CalibrationReport
 from autocompress.plan import CompressionPlan, ModelGraph
 
 
+def not_finite(graph: ModelGraph, weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """The weights and biases of a graph's weight layers that hold a value which is no finite number.
+
+    Other constants may: attention masks are made of infinities.
+    """
+    names = dict.fromkeys(name for layer in graph.compressible for name in layer.weights)
+    return [name for name in names if not torch.isfinite(weights[name]).all()]
+
+
 @dataclass(frozen=True)
 class CompressedModel:
     """A plan carried out.

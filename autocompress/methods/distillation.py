@@ -43,8 +43,10 @@ class TeacherData:
     logits: torch.Tensor
     features: torch.Tensor | None
 
-    def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, ...]]:
-        """(inputs, targets, teacher logits, teacher features) without end, reshuffled on every pass."""
+    def batches(
+        self, size: int, generator: torch.Generator
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
+        """(inputs, targets or None, teacher logits, teacher features) without end, reshuffled on every pass."""
         count = len(self.split)
         size = min(size, count)
         empty = torch.zeros(size, 0)
@@ -59,7 +61,6 @@ class TeacherData:
                     view = (torch.rand(size, generator=generator) < 0.5).long()
                     mirrored = view.bool().reshape(-1, *([1] * (inputs.dim() - 1)))
                     inputs = torch.where(mirrored, inputs.flip(-1), inputs)
-                assert batch.target is not None
                 features = empty if self.features is None else self.features[view, index]
                 yield inputs, batch.target, self.logits[view, index], features
 
@@ -113,9 +114,13 @@ def similarity_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tenso
 
 
 def distillation_loss(
-    outputs: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor, recipe: Recipe, task_loss: LossFunction
+    outputs: torch.Tensor, targets: torch.Tensor | None, teacher: torch.Tensor, recipe: Recipe, task_loss: LossFunction
 ) -> torch.Tensor:
-    """``alpha T^2 KL(teacher || student)`` at temperature T plus ``(1 - alpha)`` of the task's own loss."""
+    """``alpha T^2 KL(teacher || student)`` at temperature T plus ``(1 - alpha)`` of the task's own loss.
+
+    Raises:
+        ValueError: the recipe weighs labels, and there are none.
+    """
     temperature = recipe.temperature
     soft = F.kl_div(
         F.log_softmax(outputs / temperature, dim=1),
@@ -125,6 +130,8 @@ def distillation_loss(
     )
     loss = recipe.alpha * temperature**2 * soft
     if recipe.alpha < 1.0:
+        if targets is None:
+            raise ValueError(f"alpha {recipe.alpha:g} weighs labels, but the samples have none; without them it is 1")
         loss = loss + (1.0 - recipe.alpha) * task_loss(outputs, targets)
     return loss
 

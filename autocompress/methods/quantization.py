@@ -34,6 +34,11 @@ def fused_output(graph: ModelGraph, layer: Layer) -> str:
     return out
 
 
+def gives_float(graph: ModelGraph, layer: Layer) -> bool:
+    """Whether a layer must compute in floats: no integer convolution gives a model's float output."""
+    return layer.op == "Conv" and fused_output(graph, layer) in graph.outputs
+
+
 def gates(graph: ModelGraph) -> dict[str, str]:
     """For each Sigmoid or HardSigmoid that nothing but the product with its own input reads, the name of that product.
 

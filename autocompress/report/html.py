@@ -15,8 +15,9 @@ from plotly.offline import get_plotlyjs
 from autocompress.front import LoadedFront, Point, budget_text, load_front
 from autocompress.report import diagnostics, figures
 from autocompress.report.describe import highlights, quality_text, split_gap_text, tied_text, verdict
+from autocompress.report.ranking import ladder_figure, ranking_text
 from autocompress.report.space import SpaceSummary, read_space
-from autocompress.report.tables import read_rejected, read_trials, readable_points
+from autocompress.report.tables import read_ladder, read_rejected, read_trials, readable_points
 from autocompress.units import format_bytes, format_duration, format_ms
 from autocompress.version import __version__
 
@@ -67,7 +68,8 @@ def render(front: LoadedFront) -> str:
     )
     rejected = read_rejected(run)
     trials = read_trials(run, _trial_axes(front))
-    charts = _charts(front, space, rejected, trials)
+    ladder = read_ladder(run)
+    charts = _charts(front, space, rejected, trials, ladder)
     return environment.get_template("report.html.j2").render(
         front=front.front,
         title=f"{front.front.model} on {front.front.task}",
@@ -84,6 +86,7 @@ def render(front: LoadedFront) -> str:
         },
         prediction_error=diagnostics.prediction_error(front),
         split_gap=split_gap_text(front),
+        ranking=ranking_text(ladder),
         table=_table(front, space),
         has_energy=any(point.info.energy_mj is not None for point in every),
         rejected=rejected.astype(object).where(rejected.notna(), "").to_dict("records"),
@@ -101,7 +104,9 @@ def render(front: LoadedFront) -> str:
 _BUDGETS = ("latency_ms", "size_bytes", "peak_memory_bytes", "energy_mj", "macs", "drop")
 
 
-def _charts(front: LoadedFront, space: SpaceSummary, rejected: Any, trials: Any) -> dict[str, dict[str, Any]]:
+def _charts(
+    front: LoadedFront, space: SpaceSummary, rejected: Any, trials: Any, ladder: Any
+) -> dict[str, dict[str, Any]]:
     """Every figure as plain data, by section and by the name its buttons ask for."""
     fronts = {
         f"front-{axis}-{split}": figures.front_figure(
@@ -115,6 +120,7 @@ def _charts(front: LoadedFront, space: SpaceSummary, rejected: Any, trials: Any)
         "prediction": diagnostics.prediction_figure(front),
         "stages": diagnostics.stages_figure(front),
         "history": diagnostics.history_figure(trials),
+        "ladder": ladder_figure(ladder),
     }
     groups: dict[str, Mapping[str, go.Figure | None]] = {"front": fronts, "decisions": decisions}
     groups |= {name: {name: figure} for name, figure in single.items()}

@@ -79,6 +79,12 @@ def read_trials(run: Path, objectives: tuple[str, ...]) -> pd.DataFrame:
     return found.replace([float("inf"), float("-inf")], float("nan")).dropna().reset_index(drop=True)
 
 
+def read_ladder(run: Path) -> pd.DataFrame:
+    """The recoveries of ``ladder.csv``, one row a structure and rung; empty where there is none."""
+    table = _read_csv(run / "ladder.csv")
+    return table if {"id", "rung", "base", "divergence", "error"} <= set(table.columns) else pd.DataFrame()
+
+
 def _read_csv(path: Path) -> pd.DataFrame:
     try:
         return pd.read_csv(path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autocompress.config import RunConfig
+from autocompress.errors import UsageError
 from autocompress.export.metadata import describe
 from autocompress.export.onnx import write_onnx
 from autocompress.hardware.anchors import anchor_plans
@@ -25,6 +26,7 @@ from autocompress.progress import Progress
 from autocompress.runtime.timing import measure_latency
 from autocompress.search.bases import Base
 from autocompress.search.evaluate import StitchedEvaluator
+from autocompress.search.failures import is_expected, reason_of
 from autocompress.search.feedback import Feedback
 from autocompress.search.files import read_json, write_text
 from autocompress.search.menu import Menu
@@ -97,14 +99,24 @@ def _measure(
 ) -> list[dict[str, Any]]:
     """Exports plans, times the whole of each and, for a profile of kernels, its kernels too."""
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
-        files, sizes = {}, {}
+        files, sizes, exported = {}, {}, []
         progress.stage("anchors", len(plans))
         for index, plan in enumerate(plans):
             path = Path(folder) / f"{index}.onnx"
-            stitched = evaluator.database.stitch(plan)
-            sizes[str(index)] = write_onnx(stitched, path, describe(stitched.plan), config.runtime)
-            files[str(index)] = path
             progress.advance()
+            try:
+                stitched = evaluator.database.stitch(plan)
+                sizes[str(index)] = write_onnx(stitched, path, describe(stitched.plan), config.runtime)
+            except OSError:
+                raise
+            except Exception as error:
+                # The others still tell most; the original fails as a baseline, where that is said.
+                logger.warning("an anchor cannot be exported: %s", reason_of(error), exc_info=not is_expected(error))
+                continue
+            files[str(index)] = path
+            exported.append(plan)
+        if not files:
+            raise UsageError("no form of the model can be exported, not even the original; see log.jsonl")
         stats = measure_latency(
             files,
             threads=config.threads,
@@ -113,7 +125,7 @@ def _measure(
             progress=progress,
             runtime=config.runtime,
         )
-        kernels: Sequence[Sequence[TimedKernel]] = [()] * len(plans)
+        kernels: Sequence[Sequence[TimedKernel]] = [()] * len(exported)
         if isinstance(profile, FittedProfile):
             models = [path.read_bytes() for path in files.values()]
             block = profile.nchwc_block
@@ -129,7 +141,7 @@ def _measure(
                 {"kind": k.kind, "work": dataclasses.asdict(k.work), "microseconds": k.microseconds} for k in timed
             ],
         }
-        for plan, name, timed in zip(plans, files, kernels, strict=True)
+        for plan, name, timed in zip(exported, files, kernels, strict=True)
     ]
 
 

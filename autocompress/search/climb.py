@@ -12,16 +12,19 @@ import torch
 from autocompress.graph.blocks import drop_blocks
 from autocompress.graph.executor import build_module
 from autocompress.graph.read import read_model
+from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.distillation import teach
 from autocompress.methods.rounding import FINE_BITS
-from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Original, Student
+from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Original, Recipe, Student
 from autocompress.search.bases import Base, build_student, student_specs
 from autocompress.search.context import Context, name_of, priced, prices
+from autocompress.search.failures import reason_of
 from autocompress.search.gains import Outcome
-from autocompress.search.ladder import RecipeStudy, RecoveryForecast
+from autocompress.search.ladder import RecipeStudy, RecoveryForecast, without_labels
 from autocompress.search.menu import complete, keep_counts
 from autocompress.search.quiet import Quiet
 from autocompress.search.recover import Climbed, Recovered, Trainer, load_recovered, save_recovered
+from autocompress.search.rungs import RungLog, RungRow
 from autocompress.search.study import Scored
 from autocompress.search.variants import variants
 
@@ -64,6 +67,21 @@ class Structure:
     def key(self) -> str:
         return self.plan.shape_digest
 
+    @property
+    def id(self) -> str:
+        """What tables call it."""
+        return id_of(self.key)
+
+    @property
+    def kind(self) -> str:
+        """What it starts from: the original, a student, or one with fresh weights."""
+        return "fresh" if self.base.fresh else self.base.spec.kind
+
+
+def id_of(key: str) -> str:
+    """What tables call a structure, of whose key they show the beginning."""
+    return f"s{key[:7]}"
+
 
 @dataclass(frozen=True)
 class Done:
@@ -84,8 +102,8 @@ class Climber:
     def __init__(self, context: Context, scored: list[Scored]) -> None:
         self.context, self.scored = context, scored
         self.structures: dict[str, Structure] = {}
-        self.failed: set[str] = set()
         self.forecast = RecoveryForecast()
+        self.rungs = RungLog(context.run)
         self._bases: dict[Student, Base | None] = {}
         self._harms: dict[str, float] = {}
 
@@ -93,6 +111,7 @@ class Climber:
         """Runs both rungs within the time there is; what an interrupted run had recovered is taken up."""
         context = self.context
         done = self._take_up()
+        self.rungs.write()
         if context.timed and context.clock.left < self.reserve() + 5.0:
             return
         teacher = context.dense
@@ -100,7 +119,10 @@ class Climber:
             teacher = build_module(*read_model(context.teacher, context.task.example_inputs))
         taught = teach(teacher, context.task.split("train"), context.task.augmentation.flip, context.progress)
         self.trainer = Trainer(context.task, taught, context.config.seed, repeatable=not context.timed)
-        self.recipes = RecipeStudy(context.storage, context.space.distillation, context.config.seed)
+        settings = context.space.distillation
+        if context.task.split("train").labels is None:
+            settings = without_labels(settings)
+        self.recipes = RecipeStudy(context.storage, settings, context.config.seed)
         for structure in self.structures.values():
             if not self._time_left():
                 return
@@ -186,9 +208,13 @@ class Climber:
             return self.context.original
         if spec not in self._bases:
             context = self.context
-            self._bases[spec] = build_student(
-                context.task, context.original, spec, context.cost_model, context.config.seed
-            )
+            try:
+                self._bases[spec] = build_student(
+                    context.task, context.original, spec, context.cost_model, context.config.seed
+                )
+            except Exception as error:  # The caller's own factory may do anything.
+                self._bases[spec] = None
+                context.delivery.fail(f"student-{spec.init}-{spec.width:g}-{spec.depth:g}", error)
         return self._bases[spec]
 
     def _students(self, seconds: float | None) -> list[Structure]:
@@ -209,7 +235,8 @@ class Climber:
             if spec.init == "inherit" and spec.width < 1.0:
                 groups = {group.id: keep_counts(group.size, [spec.width])[0] for group in base.graph.groups}
             structure = Structure(base, CompressionPlan(base=spec, groups=groups), None)
-            if structure.key not in self.structures and self._variants(structure):
+            known = structure.key in self.structures or self._has_failed(structure.key, 1)
+            if not known and self._variants(structure):
                 found.append(structure)
             if spec.init == "fresh":
                 break
@@ -238,8 +265,13 @@ class Climber:
         return Structure(self.context.original, waiting[index].plan, waiting[index].divergence)
 
     def _waiting(self) -> list[Scored]:
-        taken = self.structures.keys() | self.failed
+        keys = {s.plan.shape_digest for s in self.scored}
+        taken = self.structures.keys() | {key for key in keys if self._has_failed(key, 1)}
         return [s for s in self.scored if s.plan.shape_digest not in taken]
+
+    def _has_failed(self, key: str, rung: int) -> bool:
+        """Whether the recovery of a structure failed at a rung, in this process or an interrupted one."""
+        return f"{id_of(key)}-rung{rung}" in self.context.delivery.failures
 
     def _cheapest(self, students: list[Structure]) -> Structure | None:
         """The structure that costs least (time, by default): a front should show how far the model can go."""
@@ -264,18 +296,22 @@ class Climber:
         return Outcome(structure.recovered.error - self.context.error, costs)
 
     def _promoted(self) -> Structure | None:
-        """The structure whose longer training promises the most: of its remaining gap, half is closed at first.
+        """The structure whose longer training promises the most.
 
         Each time that a search is given more time, structures may go one rung further up than before.
         """
-        waiting = [s for s in self.structures.values() if 1 <= s.rung <= self.context.clock.leg]
+        waiting = [
+            s
+            for s in self.structures.values()
+            if 1 <= s.rung <= self.context.clock.leg and not self._has_failed(s.key, s.rung + 1)
+        ]
         if not waiting:
             return None
         present = [self._outcome(s) for s in self.structures.values()]
         promised = []
         for structure in waiting:
             outcome = self._outcome(structure)
-            promised.append(Outcome((1.0 - 0.5 / structure.rung) * outcome.drop, outcome.costs))
+            promised.append(Outcome(_promised(structure.rung) * outcome.drop, outcome.costs))
         return waiting[self.context.gains.best(present, promised)[0]]
 
     # -------------------------------------------------------------------------------------------------- training
@@ -284,8 +320,9 @@ class Climber:
         """Recovers a structure for one rung, then delivers it in its number formats."""
         context = self.context
         trial, recipe = self.recipes.ask() if rung == 1 else (None, self.recipes.best())
-        graph, weights = self._start(structure)
+        expected = self._expected_error(structure)
         try:
+            graph, weights = self._start(structure)
             recovered = self.trainer.float_recovery(
                 graph,
                 weights,
@@ -296,12 +333,14 @@ class Climber:
                 progress=Quiet(context.progress),
                 before=structure.recovered,
             )
-        except (ArithmeticError, RuntimeError) as error:
-            logger.warning("recovery of %s failed: %s", structure.key, error)
-            structure.rung = rung
-            self.failed.add(structure.key)
+        except OSError:
+            raise
+        except Exception as error:
+            # Whatever it is, it is this structure's: the others are recovered all the same.
+            context.delivery.fail(f"{structure.id}-rung{rung}", error)
             if trial is not None:
-                self.recipes.tell(trial, None, structure.key)
+                self.recipes.tell(trial, None, structure.key, reason_of(error))
+            self.rungs.add(self._row(structure, rung, recipe, expected, None, reason_of(error)))
             context.progress.advance()
             return
         path = context.run / ".work" / "recovered" / f"{structure.key}-{rung}.safetensors"
@@ -313,6 +352,7 @@ class Climber:
             self.forecast.add(structure.divergence, recovered.error - context.error)
         structure.recovered, structure.rung = recovered, rung
         self.structures[structure.key] = structure
+        self.rungs.add(self._row(structure, rung, recipe, expected, recovered))
         self._export(structure, None if seconds is None else seconds * FORMATS_SHARE)
         context.progress.advance()
         spec = structure.base.spec
@@ -321,6 +361,45 @@ class Climber:
             rung, structure.key, spec.kind if spec.kind == "original" else spec, recovered.steps, recovered.error,
             context.error,
         )  # fmt: skip
+
+    def _expected_error(self, structure: Structure) -> float | None:
+        """The validation error a structure is chosen for: of a first rung by the forecast, of a second by the first."""
+        base = self.context.error
+        if structure.recovered is not None:
+            return base + _promised(structure.rung) * (structure.recovered.error - base)
+        if structure.divergence is None:
+            return None
+        return base + float(self.forecast.predict(np.array([structure.divergence]))[0])
+
+    def _row(
+        self,
+        structure: Structure,
+        rung: int,
+        recipe: Recipe,
+        expected: float | None,
+        recovered: Recovered | None,
+        failure: str = "",
+    ) -> RungRow:
+        """What ``ladder.csv`` says of a structure at a rung."""
+        plans = self._variants(structure) or [structure.plan]
+        table = structure.base.skeleton.price([priced(plan) for plan in plans])
+        return RungRow(
+            id=structure.id,
+            rung=rung,
+            base=structure.kind,
+            macs=int(np.min(table.macs)),
+            latency_ms=float(np.min(table.latency_ms)),
+            divergence=structure.divergence,
+            forecast_error=expected,
+            error=recovered.error if recovered else None,
+            steps=recovered.steps if recovered else 0,
+            seconds=round(recovered.seconds, 3) if recovered else 0.0,
+            alpha=recipe.alpha,
+            temperature=recipe.temperature,
+            feature_weight=recipe.feature_weight,
+            learning_rate=recipe.learning_rate,
+            failure=failure,
+        )
 
     def _start(self, structure: Structure) -> tuple[ModelGraph, Mapping[str, torch.Tensor]]:
         """Graph and float weights a recovery begins with."""
@@ -369,15 +448,19 @@ class Climber:
             name = name_of(plan)
             if name in context.delivery.points or name in context.delivery.failures:
                 continue
-            compressed = self.trainer.to_formats(
-                recovered,
-                plan,
-                steps=STEPS_FORMATS if seconds is None else MAX_STEPS,
-                seconds=None if seconds is None else seconds / low,
-                progress=Quiet(context.progress),
-            )
-            context.delivery.add(name, compressed, structure.base.skeleton.estimate(priced(plan)))
-            names.append(name)
+
+            def make(plan: CompressionPlan = plan) -> CompressedModel:
+                with context.delivery.stages.of("formats"):
+                    return self.trainer.to_formats(
+                        recovered,
+                        plan,
+                        steps=STEPS_FORMATS if seconds is None else MAX_STEPS,
+                        seconds=None if seconds is None else seconds / low,
+                        progress=Quiet(context.progress),
+                    )
+
+            if context.delivery.add(name, make, structure.base.skeleton.estimate(priced(plan))):
+                names.append(name)
         if names:
             context.delivery.measure(names, MEASURE_S)
             front = context.publish()
@@ -397,3 +480,8 @@ class Climber:
 
 def _low_bits(plan: CompressionPlan) -> bool:
     return any(f.storage.scheme == "affine" and f.storage.bits < FINE_BITS for f in plan.layers.values())
+
+
+def _promised(rung: int) -> float:
+    """The share of its gap that a structure is expected to keep when it goes one rung up: half of it at first."""
+    return 1.0 - 0.5 / rung

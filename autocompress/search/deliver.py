@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,23 +14,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from autocompress.errors import InfeasibleError
+from autocompress.errors import InfeasibleError, UsageError
 from autocompress.export.checkpoint import save_checkpoint
 from autocompress.export.files import write_atomic
 from autocompress.export.metadata import ArtifactMetrics, Provenance, describe, stamp
 from autocompress.export.onnx import write_onnx
 from autocompress.front import error_of, latency_of, points_frame
 from autocompress.hardware.profile import cpu_description
-from autocompress.methods.compressed import CompressedModel
+from autocompress.methods.compressed import CompressedModel, not_finite
 from autocompress.methods.simulation import build_compressed
 from autocompress.plan import Estimate, Front, FrontPoint, Latency, Quality, SearchSummary, SplitGap, Target
 from autocompress.progress import Progress, SilentProgress
 from autocompress.runtime.base import run_batches, runtime_here
 from autocompress.runtime.kernels import check_kernels
 from autocompress.runtime.timing import LatencyStats, measure_latency
+from autocompress.search.failures import is_expected, reason_of
 from autocompress.search.files import read_json, write_text
 from autocompress.search.membership import apart_mask, front_mask
 from autocompress.search.scoring import Scores, front_hypervolume, interval, paired_drop, split_gap, ties
+from autocompress.search.stages import Stages
 from autocompress.search.target import BANDED
 from autocompress.tasks.base import Task
 
@@ -39,8 +41,15 @@ logger = logging.getLogger(__name__)
 ORIGINAL, UNIFORM_INT8 = "original", "uniform-int8"
 BATCH = 250
 AGREEMENT_SAMPLES = 1000
+TRIED_S = 0.05
+"""Seconds for which a model is timed to see whether it runs."""
+
 LATENCY_MARGIN = 1.03
 """A latency budget must hold with this much to spare, since measuring again gives another median."""
+
+
+class NotAsPlannedError(RuntimeError):
+    """The runtime executes a model otherwise than its plan says."""
 
 
 @dataclass
@@ -57,6 +66,8 @@ class Delivery:
         present: whether the target is here to be measured; else points stand on predictions, budgets on their bands.
         uppers: what a latency budget is held against, by point: the upper end of the measured median or of the band.
         bounds: the upper ends of other predicted costs, by point and cost.
+        failures: why candidates did not become a point: by the name of the model, or of the recovery, that failed.
+        stages: where the time goes.
         standing: the front as last published: of two points as good as alike, one that stands there stays.
     """
 
@@ -73,6 +84,7 @@ class Delivery:
     bounds: dict[str, dict[str, float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     standing: frozenset[str] = frozenset()
+    stages: Stages = field(default_factory=Stages)
     _scores: dict[tuple[str, str], Scores] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,6 +92,7 @@ class Delivery:
         published = read_json(self.run / "front.json")
         if published is not None:
             self.standing = frozenset(point["id"] for point in published["points"])
+        self.failures.update(read_json(self._failed) or {})
         for path in sorted(self._work.glob("*/metrics.json")):
             facts = json.loads(path.read_text(encoding="utf-8"))
             point = FrontPoint.model_validate(facts["point"])
@@ -94,15 +107,56 @@ class Delivery:
 
     # --------------------------------------------------------------------------------------------- exporting
 
-    def add(self, name: str, compressed: CompressedModel, estimate: Estimate | None) -> bool:
-        """Exports one model and scores the file; its latency follows with ``measure``.
+    @property
+    def _failed(self) -> Path:
+        return self.run / ".work" / "failures.json"
+
+    def fail(self, name: str, error: BaseException | str) -> None:
+        """Notes that a candidate failed, and why: in the log and, from the next front on, in ``rejected.csv``.
+
+        A resumed run remembers it, and does not try again.
+        """
+        reason = error if isinstance(error, str) else reason_of(error)
+        unexpected = error if isinstance(error, Exception) and not is_expected(error) else None
+        logger.warning("%s is left out: %s", name, reason, exc_info=unexpected)
+        self.failures[name] = reason
+        write_text(self._failed, json.dumps(self.failures, indent=1))
+
+    def add(self, name: str, make: Callable[[], CompressedModel], estimate: Estimate | None) -> bool:
+        """Makes one model, exports it and scores the file; its latency follows with ``measure``.
+
+        Whatever goes wrong with the candidate on the way is noted as the reason why it is left out.
+
+        Args:
+            name: of the model; what was added or failed before is left as it is.
+            make: gives the model.
+            estimate: of its costs.
 
         Returns:
-            False where the runtime does not execute it as planned: it is noted as rejected and left out.
+            Whether it is there to be measured.
+
+        Raises:
+            OSError: files cannot be written, which is no candidate's fault.
         """
         if name in self.points or name in self.failures:
             return name in self.points
         folder = self._work / f"{name}.part"
+        try:
+            compressed = make()
+            with self.stages.of("export"):
+                self._export(name, compressed, estimate, folder)
+        except OSError:
+            raise
+        except Exception as error:
+            self.fail(name, str(error) if isinstance(error, NotAsPlannedError) else error)
+            shutil.rmtree(folder, ignore_errors=True)
+            return False
+        return True
+
+    def _export(self, name: str, compressed: CompressedModel, estimate: Estimate | None, folder: Path) -> None:
+        broken = not_finite(compressed.graph, compressed.weights)
+        if broken:
+            raise FloatingPointError(f"its weights are no finite numbers, those of {broken[0]} first")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         artifact = folder / "model.onnx"
@@ -112,17 +166,19 @@ class Delivery:
         report = runtime.executed_kernels(artifact, self.target.threads)
         problems = check_kernels(compressed, report)
         if problems:
-            self.failures[name] = "; ".join(problems)
-            logger.warning("%s is left out: %s", name, self.failures[name])
-            shutil.rmtree(folder)
-            return False
+            raise NotAsPlannedError("; ".join(problems))
         save_checkpoint(compressed, folder)
         session = runtime.session(artifact, threads=min(2, torch.get_num_threads()))
         for split in ("validation", "test"):
             data = self.task.split(split)
             batches = (data.batch(slice(i, i + BATCH)).inputs[0].numpy() for i in range(0, len(data), BATCH))
             outputs = torch.from_numpy(run_batches(session, batches))
+            unknown = int(outputs.isnan().reshape(len(outputs), -1).any(1).sum())
+            if unknown:
+                raise FloatingPointError(f"its outputs are not numbers on {unknown} of {len(data)} {split} samples")
             scores = self.task.score(outputs, data.targets).double().numpy()
+            if not np.isfinite(scores).all():
+                raise FloatingPointError(f"its scores are no finite numbers on the {split} split")
             np.save(folder / f"{split}.npy", scores.astype(np.float32))
             self._scores[name, split] = scores
             if split == "validation":
@@ -161,7 +217,6 @@ class Delivery:
         final = self._work / name
         shutil.rmtree(final, ignore_errors=True)
         folder.rename(final)
-        return True
 
     def _origin(self, compressed: CompressedModel) -> Provenance:
         names = {"task": self.task.name, "model": self.task.model_name}
@@ -195,17 +250,46 @@ class Delivery:
                     self.uppers[name] = band[1]
                     self._save(name)
             return
-        files = {name: self._work / name / "model.onnx" for name in chosen}
-        stats = measure_latency(
-            files,
+        with self.stages.of("measure"):
+            try:
+                stats = self._time(chosen, seconds_each, progress)
+            except OSError:
+                raise
+            except Exception:
+                # They are timed in turn, so one that cannot run stops them all.
+                stats = self._time(self._that_run(chosen), seconds_each, progress)
+            for name, taken in stats.items():
+                self._record(name, taken)
+
+    def _time(
+        self, names: Iterable[str], seconds_each: float, progress: Progress | None = None
+    ) -> dict[str, LatencyStats]:
+        return measure_latency(
+            {name: self._work / name / "model.onnx" for name in names},
             threads=self.target.threads,
             batch=self.target.batch,
             seconds_each=seconds_each,
             progress=progress or SilentProgress(),
             runtime=self.target.runtime,
         )
-        for name, taken in stats.items():
-            self._record(name, taken)
+
+    def _that_run(self, names: Iterable[str]) -> list[str]:
+        """Those models that run at the target's threads and batch; the others leave, with the reason."""
+        running = []
+        for name in names:
+            try:
+                self._time([name], TRIED_S)
+            except OSError:
+                raise
+            except Exception as error:
+                if name == ORIGINAL:
+                    raise UsageError(f"the original does not run as exported: {reason_of(error)}") from error
+                self.fail(name, error)
+                del self.points[name]
+                shutil.rmtree(self._work / name)
+            else:
+                running.append(name)
+        return running
 
     def _record(self, name: str, taken: LatencyStats) -> None:
         point = self.points[name]
@@ -389,13 +473,27 @@ class Delivery:
 
     def require_feasible(self, front: Front) -> None:
         """Raises the error of exit code 3 where no point keeps the budgets, with the one that comes nearest."""
-        if front.points or not self.limits:
+        if front.points:
             return
         delivered = [p for n, p in self.points.items() if n != ORIGINAL and self._counts(p)]
-        if not delivered:
-            raise InfeasibleError("no model was delivered: every candidate failed; see log.jsonl")
+        if not self.limits or not delivered:
+            raise InfeasibleError(self._empty_message())
         nearest = min(delivered, key=lambda p: sum(self.excess(p).values()))
         raise InfeasibleError(self.nearest_message(nearest), nearest)
+
+    def _empty_message(self) -> str:
+        """Says why there is no compressed model at all."""
+        if self.failures:
+            name, reason = next(iter(self.failures.items()))
+            count = len(self.failures)
+            return (
+                f"no compressed model was delivered: {count} candidate{'s' if count > 1 else ''} failed, {name} first "
+                f"({reason}); see rejected.csv and log.jsonl"
+            )
+        return (
+            "no compressed model was delivered: nothing that the search space allows is better than the original on "
+            "this device; see 'dropped' in space.json, or allow more with --space"
+        )
 
     def nearest_message(self, nearest: FrontPoint) -> str:
         """Says which budgets the nearest point breaks, in the units they were given in."""

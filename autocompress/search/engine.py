@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +21,8 @@ from autocompress.graph.executor import build_module
 from autocompress.graph.read import read_model
 from autocompress.hardware.models import cost_model
 from autocompress.hardware.profile import HardwareProfile
-from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.database import LayerDatabase
+from autocompress.methods.quantization import gives_float
 from autocompress.methods.statistics import collect
 from autocompress.plan import CompressionPlan, Front, LayerPlan, Original
 from autocompress.progress import Progress
@@ -39,6 +39,7 @@ from autocompress.search.legs import mark_done
 from autocompress.search.menu import Menu, complete, format_of
 from autocompress.search.pruning import prune
 from autocompress.search.seeds import FORMATS, Sensitivity, dp_front, measure_sensitivity, uniform_seeds
+from autocompress.search.stages import Stages
 from autocompress.search.study import PlanStudy, Scored
 from autocompress.search.target import (
     counted_costs,
@@ -96,14 +97,15 @@ class Engine:
         self.profile, self.run, self.clock, self.progress = profile, run, clock, progress
         before = read_json(run / "front.json")
         # A run that goes on accounts for all of its time; a new one that started from another begins at nothing.
-        self.stages: dict[str, float] = {} if before is None else dict(before["search"]["stages"])
+        self.stages = Stages(spent={} if before is None else before["search"]["stages"])
         self.trials = 0 if before is None else int(before["search"]["trials"])
         self.present = is_present(config, profile)
         self.limits = limits_of(config, profile)
         target = target_of(config, profile)
         self.delivery = Delivery(
-            run, task, target, config.objectives, self.limits, config.seed, self.present, knows_energy(profile)
-        )
+            run, task, target, config.objectives, self.limits, config.seed, self.present, knows_energy(profile),
+            stages=self.stages,
+        )  # fmt: skip
 
     def execute(self) -> Front:
         """Runs all stages; what is already done in the run directory is not done again.
@@ -146,11 +148,10 @@ class Engine:
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         """Adds the time of a stage to the run's account."""
-        started = time.monotonic()
         try:
-            yield
+            with self.stages.of(name):
+                yield
         finally:
-            self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - started
             self.clock.save()
 
     # --------------------------------------------------------------------------------------------------- set-up
@@ -161,6 +162,7 @@ class Engine:
             self.progress.stage("read")
             graph, weights = read_model(task.model, task.example_inputs)
             menu = Menu(graph, self.space, config.freeze, config.origin("freeze"))
+            menu.check_choice(config.origin("space"))
             dense = build_module(graph, weights)
             calibration = task.split("calibration")
             batches = [(calibration.batch(slice(i, i + 128)).inputs[0],) for i in range(0, len(calibration), 128)]
@@ -221,11 +223,12 @@ class Engine:
         """Exports and measures the original and its uniform int8 form; gives the original's predicted costs."""
         dense = complete(original.graph, CompressionPlan())
         int8 = LayerPlan(compute="int8", storage=format_of("int8", 8).storage)
-        layers = {layer.name: int8 for layer in original.graph.compressible}
+        layers = {layer.name: int8 for layer in original.graph.compressible if not gives_float(original.graph, layer)}
         uniform = complete(original.graph, CompressionPlan(layers=layers))
         for name, plan in ((ORIGINAL, dense), (UNIFORM_INT8, uniform)):
-            if name not in self.delivery.points:
-                self.delivery.add(name, database.stitch(plan), original.skeleton.estimate(plan))
+            if plan == dense and name != ORIGINAL:
+                continue  # No layer can compute in integers: there is no such model.
+            self.delivery.add(name, partial(database.stitch, plan), original.skeleton.estimate(plan))
         if ORIGINAL not in self.delivery.points:
             raise UsageError(f"the original does not run as exported: {self.delivery.failures[ORIGINAL]}")
         self.delivery.measure([UNIFORM_INT8], MEASURE_S)
@@ -288,7 +291,7 @@ class Engine:
         # By label: a run may have started from one whose menu held other options.
         if isinstance(stored, dict) and all(set(own) <= stored.get(name, {}).keys() for name, own in labels.items()):
             return Sensitivity(tuple(np.array([stored[name][label] for label in own]) for name, own in labels.items()))
-        found = measure_sensitivity(context.menu, context.evaluator.quick, self.progress)
+        found = measure_sensitivity(context.menu, context.evaluator.quick_or_worst, self.progress)
         rows = zip(labels.items(), found.divergence, strict=True)
         write_text(path, json.dumps({name: dict(zip(own, row.tolist(), strict=True)) for (name, own), row in rows}))
         return found
@@ -309,16 +312,16 @@ class Engine:
                 break
             present.append(outcomes[index])
             plans.append(scored[index].plan)
-        models: list[tuple[CompressionPlan, CompressedModel]] = []
+        names = []
         for plan in plans:
             costs = prices(original.skeleton, plan)
             known = name_of(plan) in self.delivery.points
             if not known and all(costs[name] <= limit for name, limit in context.hard.items()):
-                models.append((plan, context.evaluator.build(plan)))
-        for plan, compressed in models:
-            self.delivery.add(name_of(plan), compressed, original.skeleton.estimate(priced(plan)))
-        if models:
-            self.delivery.measure([name_of(plan) for plan, _ in models], MEASURE_S)
+                names.append(name_of(plan))
+                make = partial(context.evaluator.build, plan)
+                self.delivery.add(names[-1], make, original.skeleton.estimate(priced(plan)))
+        if names:
+            self.delivery.measure(names, MEASURE_S)
             self._publish("running")
         # From here on, and from each structure that is recovered, prices follow what was measured.  The study before
         # saw the anchors alone: its values would not be comparable otherwise.
@@ -328,4 +331,5 @@ class Engine:
 
     def _publish(self, status: Literal["running", "complete"]) -> Front:
         self.clock.save()
-        return self.delivery.publish(status, self.trials, self.clock.spent, self.stages)
+        with self.stages.of("publish"):
+            return self.delivery.publish(status, self.trials, self.clock.spent, self.stages.seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,18 @@ from autocompress.methods.database import LayerDatabase
 from autocompress.methods.recovery import correct_statistics
 from autocompress.methods.simulation import build_compressed
 from autocompress.plan import CompressionPlan
+from autocompress.search.failures import is_expected, reason_of
 from autocompress.tasks.base import Task
 from autocompress.tasks.splits import TensorSplit
+
+logger = logging.getLogger(__name__)
 
 CORRECTION_SAMPLES = 128
 RANKING_SAMPLES = 512
 QUICK_SAMPLES = 128
+
+WORST = 1e3
+"""The divergence, in nats, of a candidate that gives no numbers."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +73,14 @@ class StitchedEvaluator:
     def __call__(self, plan: CompressionPlan) -> Stitched:
         key = plan.structure_digest
         if key not in self._seen:
-            outputs = self._run(build_compressed(self.build(plan)))
-            score = self._score(outputs, self._samples.targets)
-            self._seen[key] = Stitched(self._divergence(outputs), 1.0 - float(score.float().mean()))
+            self._seen[key] = self.judge(build_compressed(self.build(plan)))
         return self._seen[key]
+
+    def judge(self, module: GraphModule) -> Stitched:
+        """Any module with the original's inputs and outputs, on all ranking samples."""
+        outputs = self._run(module)
+        score = self._score(outputs, self._samples.targets)
+        return Stitched(self._divergence(outputs), 1.0 - float(score.float().mean()))
 
     def divergence_of(self, module: GraphModule) -> float:
         """The divergence of any module with the original's inputs and outputs, on the quick samples."""
@@ -79,11 +90,19 @@ class StitchedEvaluator:
         """The divergence on a quarter of the samples: enough to tell which single change hurts."""
         return self.divergence_of(build_compressed(self.build(plan)))
 
+    def quick_or_worst(self, plan: CompressionPlan) -> float:
+        """The same; a plan that cannot be built or run counts as the worst there is, and the log says why."""
+        try:
+            return self.quick(plan)
+        except Exception as error:
+            logger.warning("a sensitivity is unknown: %s", reason_of(error), exc_info=not is_expected(error))
+            return WORST
+
     def _divergence(self, outputs: torch.Tensor) -> float:
         """Mean KL(original || candidate); a model driven to infinities is as bad as can be, not unknown."""
         teacher = self._teacher[: len(outputs)]
         divergence = F.kl_div(F.log_softmax(outputs, -1), teacher, reduction="none", log_target=True)
-        return min(float(divergence.flatten(1).sum(1).nan_to_num(1e3, posinf=1e3).mean()), 1e3)
+        return min(float(divergence.flatten(1).sum(1).nan_to_num(WORST, posinf=WORST).mean()), WORST)
 
     def _run(self, module: GraphModule, count: int | None = None) -> torch.Tensor:
         count = min(count or len(self._samples), len(self._samples))

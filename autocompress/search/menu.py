@@ -16,7 +16,7 @@ from typing import Any
 
 from autocompress.errors import UsageError
 from autocompress.hardware.grid import keep_count
-from autocompress.methods.quantization import activation_formats, fused_output
+from autocompress.methods.quantization import activation_formats, gives_float
 from autocompress.patterns import match_layers
 from autocompress.plan import (
     FLOAT32,
@@ -130,14 +130,26 @@ class Menu:
             whole = held or bool(touched)
             counts = (group.size,) if whole else keep_counts(group.size, (1.0, *local.keep))
         formats = [format_of("fp32", 32)] if held else formats_of(local)
-        if any(self._ends_the_model(layer) for layer in layers):
+        if any(gives_float(self.graph, self.graph.by_name[layer]) for layer in layers):
             formats = [form for form in formats if form.compute == "fp32"] or [format_of("fp32", 32)]
             self.dropped.setdefault(name, "int8 left out: an integer convolution cannot give the model's float output")
         return Knob(name, group.id if group else None, layers, tuple(Option(c, f) for c in counts for f in formats))
 
-    def _ends_the_model(self, name: str) -> bool:
-        layer = self.graph.by_name[name]
-        return layer.op == "Conv" and fused_output(self.graph, layer) in self.graph.outputs
+    def check_choice(self, origin: str) -> None:
+        """Refuses a search in which every layer can only stay as it is.
+
+        Raises:
+            UsageError: citing where the space was named.
+        """
+        students, float32 = self._space.students, format_of("fp32", 32)
+        # Every knob offers its whole width, so a single option is that.
+        if all(len(knob.options) == 1 and knob.options[0].format == float32 for knob in self.knobs) and not (
+            students.widths or students.depths
+        ):
+            raise UsageError(
+                f"{origin}: there is nothing to choose: every layer can only stay as it is; allow a smaller keep, "
+                "int8 or fewer weight_bits, or freeze fewer layers"
+            )
 
     def reduced(self, options: Mapping[str, Sequence[Option]], reasons: Mapping[str, str]) -> Menu:
         """The menu with fewer options for some knobs, and why, by the knob's name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from autocompress.graph.executor import GraphModule
-from autocompress.methods.compressed import CompressedModel
+from autocompress.methods.compressed import CompressedModel, not_finite
 from autocompress.methods.distillation import TeacherData, distill, mixed_precision_pays
 from autocompress.methods.recovery import add_norms, fold_norms, quantize_aware, storage_bits
 from autocompress.methods.rounding import FINE_BITS
@@ -86,7 +87,11 @@ class Trainer:
         progress: Progress,
         before: Recovered | None = None,
     ) -> Recovered:
-        """Distils float weights; ``before`` continues an earlier, shorter recovery."""
+        """Distils float weights; ``before`` continues an earlier, shorter recovery.
+
+        Raises:
+            FloatingPointError: it diverged: losses, weights or the score are no finite numbers.
+        """
         started = time.monotonic()
         module = GraphModule(graph, before.weights if before else weights)
         add_norms(module, self.calibration, fresh=fresh and before is None)
@@ -96,11 +101,18 @@ class Trainer:
             taken = self._distill(module, recipe, steps, rate, seconds, progress)
         fold_norms(module)
         module.eval()
+        recovered = module.weights()
+        # The loss of the last step says nothing of what that step made of the weights.
+        broken = not_finite(graph, recovered)
+        if broken:
+            raise FloatingPointError(f"weights are no finite numbers after {taken} steps, those of {broken[0]} first")
         error = 1.0 - quality(self.task, module)
+        if not math.isfinite(error):
+            raise FloatingPointError(f"the score is {1.0 - error} after {taken} steps")
         spent = time.monotonic() - started
         return Recovered(
             graph,
-            {name: value.contiguous() for name, value in module.weights().items()},
+            {name: value.contiguous() for name, value in recovered.items()},
             taken + (before.steps if before else 0),
             spent + (before.seconds if before else 0.0),
             error,

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.plan import CompressionPlan, digest_of
 from autocompress.search.evaluate import Stitched
+from autocompress.search.failures import is_expected, reason_of
 from autocompress.search.menu import Menu
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ ERROR = "stitched_error"
 SAME_AS = "same_as"
 RETRY_OF = "retry_of"
 ADOPTED = "adopted_from"
+FAILURE = "failure"
 DIGITS = 3
 
 
@@ -185,11 +187,12 @@ class PlanStudy:
                 trial.set_user_attr(SAME_AS, known.number)
             else:
                 result = evaluate(plan)
-                if not math.isfinite(result.divergence):
-                    raise ArithmeticError(f"divergence {result.divergence}")
-        except (RuntimeError, ValueError, ArithmeticError) as error:
-            logger.warning("trial %d failed: %s", trial.number, error)
-            trial.set_user_attr("failure", f"{type(error).__name__}: {error}"[:500])
+                if not (math.isfinite(result.divergence) and math.isfinite(result.error)):
+                    raise ArithmeticError(f"divergence {result.divergence}, error {result.error}")
+        except Exception as error:
+            # Whatever it is, it is this candidate's: the others are not lost for it.
+            logger.warning("trial %d failed: %s", trial.number, error, exc_info=not is_expected(error))
+            trial.set_user_attr(FAILURE, reason_of(error))
             self.study.tell(trial, state=TrialState.FAIL)
             return None
         trial.set_user_attr(ERROR, result.error)
@@ -224,7 +227,7 @@ def _row(trial: FrozenTrial, costs: Sequence[str]) -> dict[str, object]:
         "error": trial.user_attrs.get(ERROR),
         **dict(zip(costs, values[1:], strict=True)),
         "same_as": trial.user_attrs.get(SAME_AS),
-        "failure": trial.user_attrs.get("failure"),
+        "failure": trial.user_attrs.get(FAILURE),
         "seconds": trial.user_attrs.get("seconds"),
         **trial.params,
     }

@@ -148,9 +148,10 @@ class Task:
 
     @cached_property
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """Two real samples, for tracing the model."""
+        """Two real samples, for tracing the model; a split of one sample gives it twice."""
         batch = next(iter(self.validation))
-        return tuple(value[:2].clone() for value in batch.inputs)
+        # Of a batch of one, torch would take the batch's size for a constant of the model.
+        return tuple(torch.cat([value[:2], value[:1]])[:2] for value in batch.inputs)
 
     @cached_property
     def input_names(self) -> tuple[str, ...]:

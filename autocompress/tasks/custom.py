@@ -8,6 +8,8 @@ returns a ``Task``, or a mapping or object with these names:
 ``train``, ``validation`` each a ``DataLoader``, a ``Dataset``, a pair of tensors ``(inputs, targets)``, or anything
 and ``test``              that can be iterated more than once and yields ``(inputs, targets)`` batches
 ``calibration``           optional, likewise; without it, up to 512 samples are taken out of ``train``
+                          (``train`` and ``calibration`` may come without targets, as one tensor or batches of inputs:
+                          recovery then follows the teacher alone)
 ``loss``                  optional, ``(outputs, targets) -> scalar``; cross-entropy by default
 ``metric``                optional, a ``Metric``, or a name if higher is better; ``accuracy`` by default
 ``score``                 optional, ``(outputs, targets) -> [N]``, whose mean is the metric; needed for another metric
@@ -35,6 +37,7 @@ from autocompress.errors import UsageError, unknown_name
 from autocompress.plan import Metric
 from autocompress.registry import import_object
 from autocompress.tasks.base import Task, correctness, cross_entropy
+from autocompress.tasks.sound import check_sound
 from autocompress.tasks.splits import SPLITS, Batch, Source, TensorSource, TensorSplit, make_disjoint
 
 log = logging.getLogger(__name__)
@@ -43,6 +46,9 @@ CALIBRATION_SAMPLES = 512
 BATCH_SIZE = 128
 LIMIT_BYTES = 4 * 2**30
 """The largest split that is collected into memory."""
+
+UNLABELLED = ("train", "calibration")
+"""Splits that may come without targets."""
 
 REQUIRED = ("model", "train", "validation", "test")
 OPTIONAL = ("calibration", "loss", "metric", "score", "factory", "name", "model_name")
@@ -158,10 +164,12 @@ def metric_of(reference: str, given: object, has_score: bool) -> Metric:
 def _sources(fields: Mapping[str, Any], seed: int) -> dict[str, Source]:
     """The four splits: collected once, made disjoint, and for training the user's own loader where possible."""
     splits = {name: _collect(name, fields[name]) for name in SPLITS if fields.get(name) is not None}
-    own_loader = not isinstance(fields["train"], (tuple, TensorSplit, Dataset))
+    own_loader = not isinstance(fields["train"], (Tensor, tuple, TensorSplit, Dataset))
     if "calibration" not in splits:
         train = splits["train"]
-        count = min(CALIBRATION_SAMPLES, len(train) // 5)
+        if len(train) < 2:
+            raise UsageError("the task's train split has 1 sample, none to spare for calibration; give calibration too")
+        count = min(CALIBRATION_SAMPLES, max(1, len(train) // 5))
         splits["calibration"], splits["train"] = train.take(slice(0, count)), train.take(slice(count, None))
         own_loader = False  # it would yield the calibration samples too
     disjoint = make_disjoint(splits)
@@ -181,8 +189,12 @@ def _sources(fields: Mapping[str, Any], seed: int) -> dict[str, Source]:
 def _collect(name: str, given: Any) -> TensorSplit:
     """A split in memory."""
     if isinstance(given, TensorSplit):
+        if given.labels is None and name not in UNLABELLED:
+            raise UsageError(f"the task's {name} has no targets, on which models are scored; give (inputs, targets)")
         return given
-    if isinstance(given, tuple) and len(given) == 2 and all(isinstance(part, Tensor) for part in given):
+    if isinstance(given, Tensor) or (
+        isinstance(given, tuple) and len(given) == 2 and all(isinstance(part, Tensor) for part in given)
+    ):
         return TensorSplit(*_pair(given, name))
     if isinstance(given, Dataset):
         given = DataLoader(given, batch_size=BATCH_SIZE)
@@ -192,11 +204,15 @@ def _collect(name: str, given: Any) -> TensorSplit:
         raise UsageError(f"the task's {name} can be read only once; give a DataLoader or a list instead of an iterator")
     inputs: list[Tensor] = []
     targets: list[Tensor] = []
+    unlabelled = 0
     size = 0
     for item in given:
         batch_inputs, batch_targets = _pair(item, name)
         inputs.append(batch_inputs)
-        targets.append(batch_targets)
+        if batch_targets is None:
+            unlabelled += 1
+        else:
+            targets.append(batch_targets)
         size += batch_inputs.nbytes
         if size > LIMIT_BYTES:
             if name == "train":
@@ -205,16 +221,24 @@ def _collect(name: str, given: Any) -> TensorSplit:
             raise UsageError(f"the task's {name} split is larger than {LIMIT_BYTES >> 30} GiB; give a part of it")
     if not inputs:
         raise UsageError(f"the task's {name} split is empty")
+    if targets and unlabelled:
+        raise UsageError(
+            f"{unlabelled} of {len(inputs)} batches of the task's {name} have no targets; give all or none"
+        )
     try:
-        return TensorSplit(torch.cat(inputs), torch.cat(targets))
+        return TensorSplit(torch.cat(inputs), torch.cat(targets) if targets else None)
     except RuntimeError as error:
         raise UsageError(f"the batches of the task's {name} split differ in shape: {error}") from error
 
 
-def _pair(item: Any, name: str) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of one batch, on the CPU."""
+def _pair(item: Any, name: str) -> tuple[Tensor, Tensor | None]:
+    """Inputs and targets of one batch, on the CPU; None for the targets of a batch that has none and needs none."""
     if isinstance(item, Batch):
         item = (item.inputs, item.target)
+    if name in UNLABELLED and isinstance(item, Tensor):
+        item = (item, None)
+    elif name in UNLABELLED and isinstance(item, (tuple, list)) and len(item) == 1:
+        item = (item[0], None)  # a TensorDataset of inputs alone
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         raise UsageError(f"a batch of the task's {name} is a {type(item).__name__}; expected (inputs, targets)")
     inputs, targets = item
@@ -222,14 +246,15 @@ def _pair(item: Any, name: str) -> tuple[Tensor, Tensor]:
         if len(inputs) != 1:
             raise UsageError(f"a batch of the task's {name} has {len(inputs)} inputs; models with one are supported")
         inputs = inputs[0]
-    if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
+    lacking = targets is None and name in UNLABELLED
+    if not isinstance(inputs, Tensor) or not (lacking or isinstance(targets, Tensor)):
         kinds = f"({type(inputs).__name__}, {type(targets).__name__})"
         raise UsageError(f"a batch of the task's {name} is {kinds}; expected two tensors")
     if not inputs.is_floating_point():
         raise UsageError(f"the inputs of the task's {name} are {inputs.dtype}; make them normalised float32")
-    if len(inputs) != len(targets):
+    if not lacking and len(inputs) != len(targets):
         raise UsageError(f"a batch of the task's {name} has {len(inputs)} inputs but {len(targets)} targets")
-    return inputs.detach().cpu().to(torch.float32), targets.detach().cpu()
+    return inputs.detach().cpu().to(torch.float32), None if lacking else targets.detach().cpu()
 
 
 def _checked(task: Task) -> Task:
@@ -240,7 +265,7 @@ def _checked(task: Task) -> Task:
     try:
         with torch.no_grad():
             outputs = task.forward(task.model, batch)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
         shape = tuple(batch.inputs[0].shape)
         raise UsageError(f"task {task.name!r}: the model fails on inputs {shape}: {error}") from error
     if not isinstance(outputs, Tensor):
@@ -255,7 +280,7 @@ def _checked(task: Task) -> Task:
     try:
         score = task.score(outputs, batch.target)
         loss = task.loss(outputs, batch.target)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except Exception as error:
         raise UsageError(
             f"task {task.name!r}: score or loss fails on outputs {tuple(outputs.shape)} and targets "
             f"{tuple(batch.target.shape)}: {error}"
@@ -266,4 +291,5 @@ def _checked(task: Task) -> Task:
         )
     if loss.ndim != 0:
         raise UsageError(f"task {task.name!r}: loss gives shape {tuple(loss.shape)}; it must give one number")
+    check_sound(task, outputs, score, loss)
     return task

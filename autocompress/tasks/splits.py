@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from autocompress.errors import UsageError
+
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "calibration", "validation", "test")
@@ -46,22 +48,30 @@ class Normalisation:
 class TensorSplit:
     """A split in memory.
 
-    Images may be held as uint8 with a normalisation; ``inputs`` and ``batch`` give float32 either way.
+    Images may be held as uint8 with a normalisation; ``inputs`` and ``batch`` give float32 either way.  ``labels`` is
+    None where the samples have no targets: they can be learned from with a teacher, and calibrated on, but not scored.
 
     >>> split = TensorSplit(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2]))
     >>> len(split), tuple(split.batch(slice(0, 2)).inputs[0].shape)
     (3, (2, 1, 8, 8))
     """
 
-    def __init__(self, inputs: Tensor, targets: Tensor, normalisation: Normalisation | None = None) -> None:
-        if len(inputs) != len(targets):
+    def __init__(self, inputs: Tensor, targets: Tensor | None, normalisation: Normalisation | None = None) -> None:
+        if targets is not None and len(inputs) != len(targets):
             raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets")
         self.stored = inputs
-        self.targets = targets
+        self.labels = targets
         self.normalisation = normalisation
 
     def __len__(self) -> int:
         return len(self.stored)
+
+    @property
+    def targets(self) -> Tensor:
+        """The targets of a split that has them."""
+        if self.labels is None:
+            raise UsageError("these samples have no targets, so nothing can be scored on them; give (inputs, targets)")
+        return self.labels
 
     @cached_property
     def inputs(self) -> Tensor:
@@ -70,11 +80,12 @@ class TensorSplit:
 
     def batch(self, index: Tensor | slice) -> Batch:
         """The samples at ``index``, normalised."""
-        return Batch((self._prepare(self.stored[index]),), self.targets[index])
+        return Batch((self._prepare(self.stored[index]),), None if self.labels is None else self.labels[index])
 
     def take(self, index: Tensor | slice) -> TensorSplit:
         """A split of the samples at ``index``."""
-        return TensorSplit(self.stored[index], self.targets[index], self.normalisation)
+        labels = None if self.labels is None else self.labels[index]
+        return TensorSplit(self.stored[index], labels, self.normalisation)
 
     def _prepare(self, stored: Tensor) -> Tensor:
         return stored if self.normalisation is None else self.normalisation(stored)
@@ -84,11 +95,14 @@ class TensorSplit:
         """SHA-256 of the content: every sample in order, with its target and normalisation."""
         state = hashlib.sha256(f"{tuple(self.stored.shape)} {self.stored.dtype} {self.normalisation}".encode())
         state.update(self.stored.contiguous().numpy().data)
-        state.update(self.targets.contiguous().numpy().data)
+        if self.labels is not None:
+            state.update(self.labels.contiguous().numpy().data)
         return state.hexdigest()
 
     def sample_digests(self) -> list[bytes]:
         """A digest of each sample's input, to find the same sample in two splits."""
+        if not len(self):
+            return []
         rows = self.stored.reshape(len(self), -1).contiguous().numpy()
         return [hashlib.blake2b(row.data, digest_size=16).digest() for row in rows]
 

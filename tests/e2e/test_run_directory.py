@@ -25,7 +25,7 @@ from tests.e2e.tools import CommandLine, files_of
 
 FILES = {
     "config.yaml", "space.json", "profile.yaml", "environment.json", "study.db", "trials.csv", "front.json",
-    "front.csv", "rejected.csv", "report.html", "log.jsonl", "manifest.json",
+    "front.csv", "rejected.csv", "ladder.csv", "report.html", "log.jsonl", "manifest.json",
 }  # fmt: skip
 MODEL_FILES = {"model.onnx", "model.safetensors", "plan.json", "metrics.json"}
 FRONT_KEYS = {

@@ -97,7 +97,8 @@ def test_the_first_recipe_is_the_default_as_near_as_the_options_allow() -> None:
 
 def test_the_best_recipe_is_the_one_that_left_least_open() -> None:
     study = RecipeStudy(MEMORY, OPTIONS, seed=0)
-    assert study.best() == Recipe()
+    # Of the default, what the space allows.
+    assert study.best() == Recipe(alpha=0.5, temperature=2.0, feature_weight=0.0, learning_rate=4e-3)
     told = {}
     for index, share in enumerate((0.8, 0.3, None, math.nan, 0.5)):
         trial, recipe = study.ask()

@@ -93,9 +93,22 @@ def test_a_failing_evaluation_fails_its_trial_and_the_study_goes_on() -> None:
 
 def test_a_divergence_that_is_not_a_number_counts_as_a_failure() -> None:
     study = PlanStudy(MEMORY, MENU, COSTS, {}, seed=0)
-    assert study.step(price, lambda plan: Stitched(math.nan, math.nan)) is None
+    for odd in (Stitched(math.nan, math.nan), Stitched(0.1, math.nan), Stitched(math.inf, 0.1)):
+        assert study.step(price, lambda plan, odd=odd: odd) is None
     assert study.scored() == []
-    assert states(study) == ["FAIL"]
+    assert states(study) == ["FAIL"] * 3
+
+
+def test_an_error_of_any_kind_is_the_trials_own() -> None:
+    class StrangeError(Exception):
+        pass
+
+    def judge(plan: CompressionPlan) -> Stitched:
+        raise StrangeError("no such\nkernel")
+
+    study = PlanStudy(MEMORY, MENU, COSTS, {}, seed=0)
+    assert study.step(price, judge) is None
+    assert study.table()["failure"][0] == "StrangeError: no such kernel"
 
 
 def test_a_trial_carries_its_plan() -> None:
