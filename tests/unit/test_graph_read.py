@@ -7,6 +7,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from autocompress.errors import UsageError
@@ -206,3 +207,20 @@ def test_what_cannot_be_read_is_refused_with_the_reason(kind: str) -> None:
     }
     with pytest.raises(UsageError, match=expected[kind]):
         read_model(Bad(), IMAGES)
+
+
+def test_layers_called_like_an_operator_share_their_name_with_none() -> None:
+    """Operators without weights are named by torch's exporter, after themselves: ``linear``, ``add``, ``silu``."""
+
+    class Called(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.add, self.silu = nn.Linear(6, 8), nn.Linear(8, 6), nn.Conv1d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.add(F.silu(self.linear(self.silu(x)))) + x
+
+    _, graph, _ = read(Called(), (torch.randn(2, 4, 6),))
+    assert len(graph.by_name) == len(graph.layers)
+    assert {layer.name for layer in graph.compressible} == {"linear", "add", "silu"}
+    assert all(is_weight_layer(graph.by_name[name]) for name in ("linear", "add", "silu"))
