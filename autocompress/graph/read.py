@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -22,13 +23,14 @@ TOLERANCE = 1e-3
 
 
 def read_model(
-    module: nn.Module, example_inputs: tuple[torch.Tensor, ...]
+    module: nn.Module, example_inputs: tuple[torch.Tensor, ...], output_names: Sequence[str] = ()
 ) -> tuple[ModelGraph, dict[str, torch.Tensor]]:
     """Reads a model as the runtime will see it.
 
     Args:
         module: the trained model.
         example_inputs: one batch of at least two samples, on the CPU.
+        output_names: what its outputs are called, one for each; by default, what torch calls them.
 
     Returns:
         The graph (batch norms folded, coupled groups found) and its weights by name.
@@ -37,7 +39,7 @@ def read_model(
         UsageError: torch cannot export the model, or an operator cannot be simulated.
     """
     module = _prepared(module)
-    exported = name_weights(export(module, example_inputs), module)
+    exported = name_weights(export(module, example_inputs, output_names), module)
     weights = exported.weights
     raw = _untraced(exported, exported.layers, weights)
     shapes = {name: shape for name, (shape, _) in trace(raw, weights, example_inputs).items()}
