@@ -95,6 +95,10 @@ def _check(
         given = GraphModule(graph, weights).eval()(*example_inputs)
     expected = expected if isinstance(expected, torch.Tensor) else next(iter(expected))
     given = given if isinstance(given, torch.Tensor) else given[0]
+    if bool(expected.isnan().any()):
+        broken = [name for name, value in weights.items() if bool(value.isnan().any())]
+        cause = f"weight {broken[0]!r} holds some" if broken else "its weights hold none, so look at the inputs"
+        raise UsageError(f"{type(module).__name__} gives NaN on the example inputs ({cause})")
     scale = float(expected.abs().max()) + 1e-6
     error = float((expected - given).abs().max()) / scale
     if not error <= TOLERANCE:

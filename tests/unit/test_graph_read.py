@@ -249,3 +249,10 @@ def test_outputs_bear_the_names_given_as_far_as_they_are_free() -> None:
             for given, wanted in zip(build_module(graph, weights)(*example), module(*example), strict=True):
                 torch.testing.assert_close(given, wanted)
     assert read_model(module, example, ("x", "scores"))[0].outputs == plain.outputs  # x is the input
+
+
+def test_weights_that_are_no_numbers_are_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    model[2].weight.data[0, 0] = float("nan")
+    with pytest.raises(UsageError, match=r"gives NaN on the example inputs \(weight '2\.weight' holds some\)"):
+        read_model(model, (torch.randn(2, 4),))
