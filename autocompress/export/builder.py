@@ -77,8 +77,6 @@ class GraphBuilder:
     ) -> None:
         """Adds a node of the model."""
         made = onnx.NodeProto(op_type=op, input=inputs, output=outputs)
-        if domain:
-            made.domain = domain
         if name:
             made.name = name
         if domain:

@@ -67,7 +67,7 @@ def export_subject(subject: Subject, options: ExportOptions, out: Path | None, p
     """
     with building(out, f"{subject.name}-{options.label}") as folder:
         progress.stage("read the model")
-        graph, weights = read_model(subject.model, subject.example_inputs)
+        graph, weights = read_model(subject.model, subject.example_inputs, subject.output_names)
         chosen = choose(graph, options)
         size = batch_size(graph)
         original = CompressedModel(graph=graph, weights=weights, plan=CompressionPlan())

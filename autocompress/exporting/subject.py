@@ -48,6 +48,7 @@ class Subject:
         metric: what ``score`` measures.
         score: from outputs and targets to one number a sample.
         origin: how to get the data again; None where the caller brought objects.
+        output_names: what the model itself calls its outputs; empty where it gives no dict.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Subject:
     metric: Metric = field(default_factory=Metric)
     score: Score = correctness
     origin: Origin | None = None
+    output_names: tuple[str, ...] = ()
 
     @property
     def example_inputs(self) -> tuple[Tensor, ...]:
@@ -185,7 +187,7 @@ def _assembled(name: str, fields: Mapping[str, Any], samples: int, origin: Origi
             if found.names != read.names or len(found.inputs) != len(read.inputs):
                 raise UsageError(f"the batches of {split} hold other inputs than those of {source}")
             scored[split] = found
-    model = by_position(model, read)
+    model, output_names = by_position(model, read)
     score = fields.get("score") or correctness
     for split, judged in scored.items():
         _check_score(model, judged, score, split)
@@ -205,6 +207,7 @@ def _assembled(name: str, fields: Mapping[str, Any], samples: int, origin: Origi
         metric=metric_of(name, fields.get("metric"), fields.get("score") is not None),
         score=score,
         origin=origin,
+        output_names=output_names,
     )
 
 
@@ -228,36 +231,39 @@ def _check_score(model: nn.Module, samples: Samples | TensorSplit, score: Score,
         )
 
 
-def by_position(model: nn.Module, samples: Samples) -> nn.Module:
+def by_position(model: nn.Module, samples: Samples) -> tuple[nn.Module, tuple[str, ...]]:
     """A model that takes the samples' inputs by position and gives tensors; ``model`` itself where it does already.
+
+    Returns:
+        That model, and what it called its outputs where it gave a dict of them.
 
     Raises:
         UsageError: it fails on its own data, or what it gives holds no tensors.
     """
-    names = samples.names
-    if names is not None:
-        parameters = inspect.signature(model.forward).parameters
-        unknown = [name for name in names if name not in parameters]
-        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            raise unknown_name(f"argument of {type(model).__name__}.forward:", unknown[0], parameters)
-        if tuple(parameters)[: len(names)] != names:
-            model = _named(model, names)
+    names, parameters = samples.names, inspect.signature(model.forward).parameters
+    unknown = [name for name in names or () if name not in parameters]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise unknown_name(f"argument of {type(model).__name__}.forward:", unknown[0], parameters)
     example = samples.batch(slice(0, EXAMPLES)).inputs
     shapes = ", ".join(f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for value in example)
     try:
         with torch.no_grad():
-            outputs = model(*example)
+            outputs = model(*example) if names is None else model(**dict(zip(names, example, strict=True)))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise UsageError(f"{type(model).__name__} fails on inputs {shapes}: {error}") from error
+    first = names or tuple(parameters)[: len(example)]
+    output_names: tuple[str, ...] = ()
+    if isinstance(outputs, Mapping) or tuple(parameters)[: len(first)] != first:
+        model = _named(model, first)
     if isinstance(outputs, Mapping):
-        model = _named(model, names or tuple(inspect.signature(model.forward).parameters)[: len(example)])
+        output_names = tuple(str(key) for key, value in outputs.items() if isinstance(value, Tensor))
         outputs = tuple(value for value in outputs.values() if isinstance(value, Tensor))
     flat = (outputs,) if isinstance(outputs, Tensor) else outputs
     if not isinstance(flat, (tuple, list)) or not flat or not all(isinstance(value, Tensor) for value in flat):
         raise UsageError(
             f"{type(model).__name__} gives a {type(outputs).__name__}; it must give tensors or a dict of them"
         )
-    return model
+    return model, output_names
 
 
 def _named(model: nn.Module, names: tuple[str, ...]) -> nn.Module:

@@ -9,8 +9,8 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,8 +48,13 @@ class Exported:
     outputs: tuple[str, ...]
 
 
-def export(module: nn.Module, example_inputs: tuple[torch.Tensor, ...]) -> Exported:
+def export(module: nn.Module, example_inputs: tuple[torch.Tensor, ...], output_names: Sequence[str] = ()) -> Exported:
     """Exports a module with a dynamic batch, constants folded and batch norms merged by torch's own optimizer.
+
+    Args:
+        module: in evaluation mode.
+        example_inputs: a batch.
+        output_names: what its outputs are called; by default, what torch calls them.
 
     Raises:
         UsageError: torch cannot export the module.
@@ -68,7 +73,7 @@ def export(module: nn.Module, example_inputs: tuple[torch.Tensor, ...]) -> Expor
             "avoid control flow that depends on tensor values or on the batch size"
         ) from error
     assert program is not None
-    return _converted(program.model.graph)
+    return _with_outputs(_converted(program.model.graph), output_names)
 
 
 def _reason(error: BaseException) -> str:
@@ -130,6 +135,27 @@ def _converted(graph: Any) -> Exported:
     layers = [layer.model_copy(update={"weights": tuple(i for i in layer.inputs if i in weights)}) for layer in layers]
     names = [tuple(str(value.name) for value in values) for values in (graph.inputs, graph.outputs)]
     return Exported(layers, weights, scopes, names[0], names[1])
+
+
+def _with_outputs(exported: Exported, names: Sequence[str]) -> Exported:
+    """The same operators, their outputs under other names, as far as no input or weight has those already."""
+    fixed = {*exported.inputs, *exported.weights}
+    pairs = zip(exported.outputs, names, strict=True) if names else ()
+    renamed = {old: new for old, new in pairs if old not in fixed and new not in fixed}
+    if len(set(renamed.values())) < len(exported.outputs):
+        return exported  # one is an input handed on, or two are the same tensor
+    inner = {name for layer in exported.layers for name in layer.outputs} - renamed.keys()
+    renamed |= {name: f"{name}/inner" for name in renamed.values() if name in inner}
+    layers = [
+        layer.model_copy(
+            update={
+                "inputs": tuple(renamed.get(name, name) for name in layer.inputs),
+                "outputs": tuple(renamed.get(name, name) for name in layer.outputs),
+            }
+        )
+        for layer in exported.layers
+    ]
+    return replace(exported, layers=layers, outputs=tuple(renamed[name] for name in exported.outputs))
 
 
 def _scope(names: str) -> str:

@@ -308,14 +308,19 @@ def _relative(layer: Layer, weights: dict[str, torch.Tensor], shapes: Mapping[st
 
 
 def name_layers(layers: list[Layer]) -> list[Layer]:
-    """Names weight layers after their module; a module used twice gets a suffix and is marked as shared."""
+    """Names weight layers after their module; a module used twice gets a suffix and is marked as shared.
+
+    Another layer that happens to be called like one of these modules gets a suffix too: a name means one layer.
+    """
+    paths = [_path(layer) for layer in layers]
+    owned = set(filter(None, paths))
     seen: dict[str, str] = {}
     result: list[Layer] = []
-    for layer in layers:
-        if is_weight_layer(layer) or (is_embedding(layer) and layer.inputs[0].endswith(".weight")):
-            weight = weight_of(layer)
-            path = weight.removesuffix(".weight") if weight.endswith(".weight") else None
-            name = path or layer.name
+    for layer, path in zip(layers, paths, strict=True):
+        if path is None and layer.name in owned:
+            layer = layer.model_copy(update={"name": f"{layer.name}/{layer.op}"})
+        if path is not None or is_weight_layer(layer):
+            weight, name = weight_of(layer), path or layer.name
             if weight in seen:
                 layer = layer.model_copy(update={"name": f"{name}/{len(result)}", "shared_with": (seen[weight],)})
             else:
@@ -324,3 +329,11 @@ def name_layers(layers: list[Layer]) -> list[Layer]:
             layer = layer.model_copy(update={"module_path": path})
         result.append(layer)
     return result
+
+
+def _path(layer: Layer) -> str | None:
+    """The module that owns a layer's weights; None where they are a bare parameter's, or it has none."""
+    if not is_weight_layer(layer) and not is_embedding(layer):
+        return None
+    weight = weight_of(layer)
+    return weight.removesuffix(".weight") if weight.endswith(".weight") else None

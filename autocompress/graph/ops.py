@@ -174,7 +174,9 @@ def _max_pool(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
     x, padding = _padded(x, attributes, len(kernel), value=float("-inf"))
     strides = _ints(attributes.get("strides", (1,) * len(kernel)))
     dilations = _ints(attributes.get("dilations", (1,) * len(kernel)))
-    return F.max_pool2d(x, kernel, strides, padding, dilations, ceil_mode=bool(attributes.get("ceil_mode", 0)))
+    pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel) - 1]
+    pooled: torch.Tensor = pool(x, kernel, strides, padding, dilations, ceil_mode=bool(attributes.get("ceil_mode", 0)))
+    return pooled
 
 
 @operator("AveragePool")
@@ -182,7 +184,8 @@ def _average_pool(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
     kernel = _ints(attributes["kernel_shape"])
     x, padding = _padded(x, attributes, len(kernel))
     strides = _ints(attributes.get("strides", (1,) * len(kernel)))
-    return F.avg_pool2d(
+    pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(kernel) - 1]
+    return pool(
         x, kernel, strides, padding, bool(attributes.get("ceil_mode", 0)), bool(attributes.get("count_include_pad", 0))
     )
 

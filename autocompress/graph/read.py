@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -22,13 +23,14 @@ TOLERANCE = 1e-3
 
 
 def read_model(
-    module: nn.Module, example_inputs: tuple[torch.Tensor, ...]
+    module: nn.Module, example_inputs: tuple[torch.Tensor, ...], output_names: Sequence[str] = ()
 ) -> tuple[ModelGraph, dict[str, torch.Tensor]]:
     """Reads a model as the runtime will see it.
 
     Args:
         module: the trained model.
         example_inputs: one batch of at least two samples, on the CPU.
+        output_names: what its outputs are called, one for each; by default, what torch calls them.
 
     Returns:
         The graph (batch norms folded, coupled groups found) and its weights by name.
@@ -37,7 +39,7 @@ def read_model(
         UsageError: torch cannot export the model, or an operator cannot be simulated.
     """
     module = _prepared(module)
-    exported = name_weights(export(module, example_inputs), module)
+    exported = name_weights(export(module, example_inputs, output_names), module)
     weights = exported.weights
     raw = _untraced(exported, exported.layers, weights)
     shapes = {name: shape for name, (shape, _) in trace(raw, weights, example_inputs).items()}
@@ -93,10 +95,12 @@ def _check(
         given = GraphModule(graph, weights).eval()(*example_inputs)
     expected = expected if isinstance(expected, torch.Tensor) else next(iter(expected))
     given = given if isinstance(given, torch.Tensor) else given[0]
-    if expected.isnan().any():
+    if bool(expected.isnan().any()):
+        broken = [name for name, value in weights.items() if bool(value.isnan().any())]
+        cause = f"weight {broken[0]!r} holds some" if broken else "its weights hold none, so look at the inputs"
         raise UsageError(
-            f"the outputs of {type(module).__name__} are not numbers (nan) on the task's own samples; check its "
-            "weights and how the inputs are normalised"
+            f"the outputs of {type(module).__name__} are not numbers (nan) on real samples ({cause}); check its weights "
+            "and how the inputs are normalised"
         )
     scale = float(expected.abs().max()) + 1e-6
     error = float((expected - given).abs().max()) / scale

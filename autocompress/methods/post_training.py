@@ -130,11 +130,11 @@ def suited(graph: ModelGraph, layers: Mapping[str, LayerPlan]) -> dict[str, Laye
         if layer.inputs[0] in formats or layer.inputs[0] in graph.inputs:
             found[layer.name] = layers[layer.name]
             formats = activation_formats(graph, found)
-    whole = [form.storage for form in layers.values() if form.storage.scheme != "float"]
+    whole = [form.storage for form in layers.values() if form.storage != FLOAT32]
     for layer in graph.stored if whole else ():
         if layer.op == "Gather" and len(graph.consumers[weight_of(layer)]) == 1:
             bits = 8 if whole[0].granularity == "block" else whole[0].bits
-            found[layer.name] = LayerPlan(storage=NumFormat(bits=bits))
+            found[layer.name] = LayerPlan(storage=FLOAT16 if bits == 16 else NumFormat(bits=bits))
     return found
 
 

@@ -42,8 +42,8 @@ def apart_mask(values: Array, errors: Sequence[float], standing: Sequence[bool])
     """Which points of a front to keep so that no two lie within 2% of each other on every objective.
 
     Those that stand on the published front go before the others, and the earlier before the later: a front that was
-    published loses no point to one that is a little worse somewhere, unless it is dominated by one alike to another.  Of a single objective the best value goes first,
-    and points count as apart that differ in quality.
+    published loses no point to one that is a little worse somewhere, unless what dominates the point is alike to
+    another.  Of a single objective the best value goes first, and points count as apart that differ in quality.
     """
     if len(values) == 0:
         return np.zeros(0, dtype=bool)

@@ -152,6 +152,7 @@ def test_a_module_from_python(tmp_path: Path) -> None:
     inputs = tokens(5)
     feed = {name: value.numpy() for name, value in inputs.items()}
     assert {i.name for i in made.session().get_inputs()} == {"ids", "weight"}
+    assert [o.name for o in made.session().get_outputs()] == ["scores"]
     given = made.session().run(None, feed)[0]
     torch.testing.assert_close(torch.from_numpy(given), model(**inputs)["scores"].detach(), atol=0.05, rtol=0.1)
     with torch.no_grad():

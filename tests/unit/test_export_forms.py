@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from autocompress.methods.exact import ExactModule
 from autocompress.methods.post_training import CalibrationOptions, quantize_model, uniform_plan
 from autocompress.methods.quantization import affine_parameters, gates
 from autocompress.methods.simulation import build_compressed
+from autocompress.plan import FLOAT16, Compute, LayerPlan
 from autocompress.runtime.cpu import int8_weight_bits
 from autocompress.runtime.onnxruntime import check_kernels, executed_kernels, make_session
 
@@ -39,9 +41,11 @@ class Curved(nn.Module):
         return self.head(self.body(x).mean((2, 3)))
 
 
-def quantized(model: nn.Module, inputs: torch.Tensor) -> CompressedModel:
+def quantized(
+    model: nn.Module, inputs: torch.Tensor, compute: Compute = "int8", bits: int = int8_weight_bits()
+) -> CompressedModel:
     graph, weights = read_model(model.eval(), (inputs[:2],))
-    return quantize_model(graph, weights, uniform_plan(graph, "int8", int8_weight_bits())[0], [(inputs,)], PLAIN)
+    return quantize_model(graph, weights, uniform_plan(graph, compute, bits)[0], [(inputs,)], PLAIN)
 
 
 def made(seed: int = 0, **modules: nn.Module) -> tuple[CompressedModel, torch.Tensor]:
@@ -140,10 +144,10 @@ class Encoder(nn.Module):
         return self.head(mixed.mean(1))
 
 
-def encoder() -> tuple[CompressedModel, torch.Tensor]:
+def encoder(compute: Compute = "int8", bits: int = 8) -> tuple[CompressedModel, torch.Tensor]:
     torch.manual_seed(0)
     ids = torch.randint(50, (16, 12))
-    return quantized(Encoder(), ids), ids
+    return quantized(Encoder(), ids, compute, bits), ids
 
 
 def test_keys_are_turned_once_and_constants_are_no_layers() -> None:
@@ -177,6 +181,16 @@ def test_tables_of_rows_are_stored_in_integers(tmp_path: object) -> None:
     again = load_compressed(str(tmp_path))
     assert torch.equal(again.weights["words.weight"], compressed.weights["words.weight"])
     assert to_onnx(again) == model
+
+
+def test_tables_of_rows_are_stored_in_halves_where_weights_are() -> None:
+    compressed, ids = encoder("fp32", 16)
+    assert compressed.plan.layers["words"] == LayerPlan(storage=FLOAT16)
+    model = to_onnx(compressed)
+    assert [t.data_type for t in model.graph.initializer if tuple(t.dims) == (50, 16)] == [onnx.TensorProto.FLOAT16]
+    with torch.no_grad():
+        expected = build_compressed(compressed)(ids)
+    torch.testing.assert_close(answers(compressed, ids), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_chain_of_products_stays_in_integers() -> None:

@@ -92,7 +92,8 @@ def test_named_inputs_and_outputs_become_positions_without_renaming_a_layer() ->
 
     model = Named()
     samples = read_samples(model, {"c": CLASSES.float(), "a": IMAGES, "b": IMAGES}, "calibration")
-    made = by_position(model, samples)
+    made, names = by_position(model, samples)
+    assert names == ("sum", "difference")
     total, difference = made(*samples.inputs)
     assert torch.equal(total, 2 * IMAGES.sum(1))
     assert torch.equal(difference, CLASSES.float())

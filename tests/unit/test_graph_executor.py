@@ -112,6 +112,14 @@ def test_average_pooling_with_and_without_the_padding() -> None:
         torch.testing.assert_close(given, F.avg_pool2d(X, 3, 1, 1, count_include_pad=bool(include)))
 
 
+def test_pooling_over_one_axis_leaves_channels_alone() -> None:
+    series = X.reshape(1, 4, 8)
+    torch.testing.assert_close(
+        run("MaxPool", series, kernel_shape=(3,), strides=(2,), pads=(1, 1)), F.max_pool1d(series, 3, 2, 1)
+    )
+    torch.testing.assert_close(run("AveragePool", series, kernel_shape=(2,), strides=(2,)), F.avg_pool1d(series, 2, 2))
+
+
 @pytest.mark.filterwarnings("error")
 def test_movers() -> None:
     far = 2**63 - 1

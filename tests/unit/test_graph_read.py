@@ -7,6 +7,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from autocompress.errors import UsageError
@@ -206,3 +207,52 @@ def test_what_cannot_be_read_is_refused_with_the_reason(kind: str) -> None:
     }
     with pytest.raises(UsageError, match=expected[kind]):
         read_model(Bad(), IMAGES)
+
+
+def test_layers_called_like_an_operator_share_their_name_with_none() -> None:
+    """Operators without weights are named by torch's exporter, after themselves: ``linear``, ``add``, ``silu``."""
+
+    class Called(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.add, self.silu = nn.Linear(6, 8), nn.Linear(8, 6), nn.Conv1d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.add(F.silu(self.linear(self.silu(x)))) + x
+
+    _, graph, _ = read(Called(), (torch.randn(2, 4, 6),))
+    assert len(graph.by_name) == len(graph.layers)
+    assert {layer.name for layer in graph.compressible} == {"linear", "add", "silu"}
+    assert all(is_weight_layer(graph.by_name[name]) for name in ("linear", "add", "silu"))
+
+
+def test_outputs_bear_the_names_given_as_far_as_they_are_free() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = torch.relu(x)
+            return self.first(x), torch.relu(self.second(x))
+
+    example = (torch.randn(2, 4),)
+    module = Heads().eval()
+    plain, _ = read_model(module, example)
+    # The second name is that of a tensor inside, which makes room.
+    inside = plain.layers[0].outputs[0]
+    for names in (("scores", inside), tuple(reversed(plain.outputs))):
+        graph, weights = read_model(module, example, names)
+        assert graph.outputs == names
+        assert set(names) <= graph.tensors.keys()
+        with torch.no_grad():
+            for given, wanted in zip(build_module(graph, weights)(*example), module(*example), strict=True):
+                torch.testing.assert_close(given, wanted)
+    assert read_model(module, example, ("x", "scores"))[0].outputs == plain.outputs  # x is the input
+
+
+def test_weights_that_are_no_numbers_are_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    model[2].weight.data[0, 0] = float("nan")
+    with pytest.raises(UsageError, match=r"are not numbers \(nan\) on real samples \(weight '2\.weight' holds some\)"):
+        read_model(model, (torch.randn(2, 4),))
