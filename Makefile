@@ -14,7 +14,7 @@ export PIP_PROGRESS_BAR := off
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CHECKED := autocompress tests $(wildcard benchmarks)
 
-.PHONY: help install install-test quickstart test lint types contracts format bench-digits bench-fashion bench-budget bench-resume bench-latency bench-export bench-exactness bench-export-cost bench-search clean
+.PHONY: help install install-test quickstart test lint types contracts format bench-digits bench-fashion bench-budget bench-resume bench-latency bench-export bench-exactness bench-export-cost bench-samplers bench-search clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | column -t -s "$$(printf '\t')"
@@ -91,6 +91,9 @@ bench-export-cost: install  ## what reading a model and writing a plan's file ta
 bench-export: install  ## int8 exports of eight networks against onnxruntime's own quantizer, about 30 minutes
 	$(PIP) install --quiet -c constraints.txt -e '.[transformers]'
 	$(BIN)/python -m benchmarks.export
+
+bench-samplers: install  ## samplers at equal evaluations, and repair under a tight budget, about 4 minutes
+	$(BIN)/python -m benchmarks.samplers --fresh
 
 bench-exactness: install  ## simulation against file on 10,000 images (and training the originals once)
 	$(BIN)/python -m benchmarks.exactness

@@ -202,9 +202,12 @@ def _prepare(config: RunConfig, progress: Progress) -> _Prepared:
 
 def _check_supported(config: RunConfig) -> None:
     from autocompress.runtime.base import load_runtime
+    from autocompress.search.samplers import resolved
 
     with config.citing("runtime"):
         load_runtime(config.runtime)
+    with config.citing("sampler"):
+        resolved(config.sampler)
     if config.device != "cpu":
         raise UsageError(f"{config.origin('device')}: training on {config.device!r} is not there yet; use cpu")
 

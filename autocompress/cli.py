@@ -120,6 +120,7 @@ def search(
     objectives: Annotated[str | None, _flag("objectives", metavar="A,B,C")] = None,
     time_budget: Annotated[str | None, _flag("time_budget", metavar="10m")] = None,
     trials: Annotated[int | None, _flag("trials", metavar="N")] = None,
+    sampler: Annotated[str | None, _flag("sampler")] = None,
     seed: Annotated[int | None, _flag("seed", metavar="N")] = None,
     executor: Annotated[str | None, _flag("executor")] = None,
     storage: Annotated[str | None, _flag("storage", metavar="URL")] = None,
@@ -333,11 +334,14 @@ def report(run: Run) -> None:
 @app.command("list")
 def list_names(
     kind: Annotated[
-        str, typer.Argument(help="tasks, models, methods, hardware or spaces.", metavar="KIND", show_default=False)
+        str,
+        typer.Argument(
+            help="tasks, models, methods, samplers, hardware or spaces.", metavar="KIND", show_default=False
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:
-    """List the names that can be given: tasks, models, methods, hardware or spaces."""
+    """List the names that can be given: tasks, models, methods, samplers, hardware or spaces."""
     if kind not in _LISTS:
         raise unknown_name("list", kind, _LISTS)
     names = _LISTS[kind]()
@@ -377,6 +381,12 @@ def _methods() -> dict[str, str]:
     return {name: SUMMARIES.get(name, f"from {METHODS[name]}") for name in METHODS}
 
 
+def _samplers() -> dict[str, str]:
+    from autocompress.search.samplers import AUTO, SAMPLERS, SUMMARIES
+
+    return {name: SUMMARIES.get(name) or f"from {SAMPLERS[name]}" for name in (AUTO, *SAMPLERS)}
+
+
 def _spaces() -> dict[str, str]:
     return _described("search_spaces")
 
@@ -393,6 +403,7 @@ _LISTS: dict[str, Callable[[], dict[str, str]]] = {
     "tasks": _tasks,
     "models": _models,
     "methods": _methods,
+    "samplers": _samplers,
     "hardware": cli_hardware.describe_hardware,
     "spaces": _spaces,
 }

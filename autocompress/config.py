@@ -31,7 +31,9 @@ DEFAULT_TIME_BUDGET_S = 600.0
 INVOCATION_KEYS = ("out", "resume", "dry_run")
 """Keys that say how this call runs, not what the run is: they are left out of ``config.yaml``."""
 
-FLEXIBLE_ON_RESUME = frozenset({"time_budget", "trials", "device", "executor", "storage", "data", *INVOCATION_KEYS})
+FLEXIBLE_ON_RESUME = frozenset(
+    {"time_budget", "trials", "sampler", "device", "executor", "storage", "data", *INVOCATION_KEYS}
+)
 """Keys that may differ when a run goes on; every other one would make it another run."""
 
 SAME_TO_REUSE = ("task", "model", "input_size", "normalisation", "hardware", "runtime", "threads", "batch", "freeze")
@@ -120,6 +122,9 @@ class RunConfig(BaseModel):
         "that is resumed with it gets that much more; 0s, with --reuse, answers from what is there.",
     )
     trials: int | None = Field(None, ge=1, description="How many candidates to evaluate; repeatable with --seed.")
+    sampler: str = Field(
+        "auto", min_length=1, description="How candidates are proposed: a name of `list samplers`; auto by default."
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random choice.")
     executor: Literal["local"] = Field("local", description="Where candidates are evaluated: local.")
     storage: str | None = Field(None, description="Optuna storage URL; study.db in the run directory by default.")

@@ -37,10 +37,13 @@ from autocompress.search.files import Clock, read_json, write_text
 from autocompress.search.gains import Outcome
 from autocompress.search.legs import mark_done
 from autocompress.search.menu import Menu, complete, format_of
+from autocompress.search.pricing import ChoicePricer
 from autocompress.search.pruning import prune
+from autocompress.search.repair import Repair
+from autocompress.search.samplers import make_sampler
 from autocompress.search.seeds import FORMATS, Sensitivity, dp_front, measure_sensitivity, uniform_seeds
 from autocompress.search.stages import Stages
-from autocompress.search.study import PlanStudy, Scored
+from autocompress.search.study import PlanStudy, Scored, sampler_settings
 from autocompress.search.target import (
     counted_costs,
     executed_types,
@@ -48,6 +51,7 @@ from autocompress.search.target import (
     knows_energy,
     limits_of,
     predicted_limits,
+    searched_costs,
     target_of,
 )
 from autocompress.search.variants import variants
@@ -180,6 +184,9 @@ class Engine:
             menu = prune(menu, original.skeleton, counted, executed_types(self.profile))
             write_text(self.run / "space.json", json.dumps(menu.describe(), indent=1))
             hard = predicted_limits(self.limits, estimate, self.present, PREDICTION_MARGIN)
+            with config.citing("sampler"):
+                # Found unfit now rather than after the baselines.
+                make_sampler(config.sampler, sampler_settings(menu, len(searched_costs(config))))
             self._check_reachable(menu, original)
         with self._stage("baselines"):
             reference = self._deliver_baselines(original, database)
@@ -241,7 +248,10 @@ class Engine:
     def _search(self, context: Context) -> list[Scored]:
         """Optuna over stitched candidates, from the seeds on; gives every distinct plan that was evaluated."""
         costs = context.costs
-        study = PlanStudy(context.storage, context.menu, costs, context.hard, self.config.seed)
+        repair, sampler = self._repair(context), self.config.sampler
+        study = PlanStudy(
+            context.storage, context.menu, costs, context.hard, self.config.seed, sampler=sampler, repair=repair
+        )
         if not self._searched():
             if study.trials == 0:
                 known = known_elsewhere(study, context.storage, self.run, self.config.seed, context.original.skeleton)
@@ -253,7 +263,7 @@ class Engine:
             limited = math.isfinite(self.clock.left)
             deadline = self.clock.spent + SEARCH_SHARE * self.clock.left if limited else math.inf
             self.progress.stage("search", total)
-            while (total is None or study.trials < total) and self.clock.spent < deadline:
+            while (total is None or study.trials < total) and self.clock.spent < deadline and not study.exhausted:
                 study.step(lambda plan: prices(context.original.skeleton, plan), context.evaluator)
                 self.progress.advance()
                 if study.trials % NOTED_EVERY == 0:
@@ -283,6 +293,13 @@ class Engine:
                 return np.asarray(getattr(context.original.skeleton.price(plans), name), dtype=float)
 
             study.enqueue(dp_front(context.menu, sensitivity, price))
+
+    def _repair(self, context: Context) -> Repair | None:
+        """What makes plans over budget into others that keep it; None where there are no budgets."""
+        if not context.hard:
+            return None
+        pricer = ChoicePricer(context.menu, context.original.skeleton)
+        return Repair(context.menu, pricer, context.hard, self._sensitivity(context))
 
     def _sensitivity(self, context: Context) -> Sensitivity:
         path, knobs = self.run / ".work" / "sensitivity.json", context.menu.knobs

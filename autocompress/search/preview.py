@@ -15,6 +15,8 @@ from autocompress.plan import CompressionPlan
 from autocompress.search.context import prices
 from autocompress.search.menu import Menu
 from autocompress.search.pruning import prune
+from autocompress.search.samplers import make_sampler
+from autocompress.search.study import sampler_settings
 from autocompress.search.target import counted_costs, executed_types, is_present, limits_of
 from autocompress.spaces import SearchSpace
 from autocompress.tasks.base import Task
@@ -28,6 +30,8 @@ def preview(config: RunConfig, space: SearchSpace, task: Task, profile: Hardware
     limits = limits_of(config, profile)
     counted = counted_costs(config, limits, skeleton.estimate(CompressionPlan()))
     menu = prune(menu, skeleton, counted, executed_types(profile))
+    with config.citing("sampler"):
+        make_sampler(config.sampler, sampler_settings(menu, len(config.objectives) - 1))
     corners = {
         "dense fp32": menu.uniform(1.0, "fp32", 32),
         "uniform int8": menu.uniform(1.0, "int8", 8),

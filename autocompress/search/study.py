@@ -20,6 +20,10 @@ from autocompress.plan import CompressionPlan, digest_of
 from autocompress.search.evaluate import Stitched
 from autocompress.search.failures import is_expected, reason_of
 from autocompress.search.menu import Menu
+from autocompress.search.pricing import Choices
+from autocompress.search.proposer import Proposer
+from autocompress.search.repair import Repair
+from autocompress.search.samplers import AUTO, SamplerSettings, make_sampler
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +33,19 @@ SAME_AS = "same_as"
 RETRY_OF = "retry_of"
 ADOPTED = "adopted_from"
 FAILURE = "failure"
+REPAIRED = "repaired"
+"""What the sampler or the seeds had chosen where a budget made it another plan: the knobs that differ."""
+
+VARIED = "varied"
+"""How many knobs were changed at random because the plan had been evaluated before."""
+
 DIGITS = 3
+POPULATION = 32
+
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+MOST_REPEATS = 100
+"""Trials in a row that bring no new plan, after which a study has nothing left to find."""
 
 
 class _Connection(sqlite3.Connection):
@@ -43,9 +59,9 @@ class _Connection(sqlite3.Connection):
         self.execute("PRAGMA synchronous=OFF")
 
 
-def open_storage(url: str) -> BaseStorage | str:
-    """The storage of an Optuna URL; a file of SQLite does not wait for the disk at every commit."""
-    if not url.startswith("sqlite:///"):
+def open_storage(url: str | BaseStorage) -> BaseStorage | str:
+    """The storage of an Optuna URL, or an open one; a file of SQLite does not wait for the disk at every commit."""
+    if isinstance(url, BaseStorage) or not url.startswith("sqlite:///"):
         return url
     return RDBStorage(url, engine_kwargs={"connect_args": {"factory": _Connection}})
 
@@ -77,22 +93,26 @@ class PlanStudy:
     """A persistent study over plans.
 
     Args:
-        storage: an Optuna storage URL.
+        storage: an Optuna storage or its URL.
         menu: the knobs.
         costs: cost objectives beside the divergence, in order.
         limits: budgets by cost name.
         seed: of the sampler.
-        population: of NSGA-II.
+        population: of a genetic sampler.
+        sampler: a name of ``autocompress list samplers``; a study may go on with another than it began with.
+        repair: makes plans over budget into others that keep it; without, they end before any evaluation.
     """
 
     def __init__(
         self,
-        storage: str,
+        storage: str | BaseStorage,
         menu: Menu,
         costs: Sequence[str],
         limits: Mapping[str, float],
         seed: int,
-        population: int = 32,
+        population: int = POPULATION,
+        sampler: str = AUTO,
+        repair: Repair | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.menu, self.costs, self.limits = menu, tuple(costs), dict(limits)
@@ -107,9 +127,11 @@ class PlanStudy:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.study.set_metric_names(["divergence", *costs])
-        done = len(self.study.get_trials(deepcopy=False))
         # A resumed sampler must not replay the random choices that the first one made.
-        self.study.sampler = optuna.samplers.NSGAIISampler(seed=seed + 7919 * done, population_size=population)
+        stream = seed + 7919 * len(self.study.get_trials(deepcopy=False))
+        base = make_sampler(sampler, sampler_settings(menu, len(self.costs), stream, population))
+        self.proposer = Proposer(base, menu, repair, stream)
+        self.study.sampler = self.proposer
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             # Left behind by a killed process: nobody will finish it.  Its plan is queued again, but once only, since it
             # may be what killed the process.
@@ -121,12 +143,26 @@ class PlanStudy:
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             plan = CompressionPlan.model_validate_json(trial.user_attrs[PLAN])
             self._known.setdefault(plan.structure_digest, trial)
+        for trial in self.study.get_trials(deepcopy=False, states=ENDED):
+            ended = self.proposer.choices(trial.params)
+            if ended is not None:
+                self.proposer.seen.add(ended)
+        self._repeats = 0
 
     def enqueue(self, seeds: Iterable[Sequence[int]]) -> None:
-        """Puts plans at the head of the queue, once each."""
-        for choices in seeds:
-            labels = {k.name: k.options[c].label for k, c in zip(self.menu.knobs, choices, strict=True)}
-            self.study.enqueue_trial(labels, skip_if_exists=True)
+        """Puts plans at the head of the queue, once each; those over budget as others near them that keep it."""
+        for seed in seeds:
+            drawn = tuple(int(choice) for choice in seed)
+            choices = self.proposer.within(drawn)
+            attributes = {REPAIRED: self._differing(drawn, choices)} if choices != drawn else None
+            self.study.enqueue_trial(self.proposer.labels(choices), attributes, skip_if_exists=True)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every plan of the menu was tried, or nothing new was found for long; what is queued goes before."""
+        if len(self.proposer.seen) < self.proposer.plans and self._repeats < MOST_REPEATS:
+            return False
+        return not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
     def adopt(self, known: Iterable[Adopted]) -> None:
         """Takes over plans that another study evaluated: they are not evaluated again, and count as candidates."""
@@ -142,6 +178,7 @@ class PlanStudy:
                 user_attrs={PLAN: item.plan.model_dump_json(), ERROR: item.error, ADOPTED: item.origin},
             )
             self.study.add_trial(trial)
+            self.proposer.seen.add(tuple(item.choices))
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             plan = CompressionPlan.model_validate_json(trial.user_attrs[PLAN])
             self._known.setdefault(plan.structure_digest, trial)
@@ -154,8 +191,7 @@ class PlanStudy:
     @property
     def trials(self) -> int:
         """Trials that have ended."""
-        ended = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-        return len(self.study.get_trials(deepcopy=False, states=ended))
+        return len(self.study.get_trials(deepcopy=False, states=ENDED))
 
     def step(
         self,
@@ -164,16 +200,15 @@ class PlanStudy:
     ) -> Scored | None:
         """Runs one trial; None where it broke a budget or failed."""
         trial = self.study.ask()
-        choices = []
-        for knob in self.menu.knobs:
-            labels = [option.label for option in knob.options]
-            choices.append(labels.index(trial.suggest_categorical(knob.name, labels)))
+        choices = self._chosen(trial)
         plan = self.menu.plan(choices)
         trial.set_user_attr(PLAN, plan.model_dump_json())
         started = time.monotonic()
         costs = price(plan)
         broken = False
         for name, limit in self.limits.items():
+            # Those of the plan that is evaluated, which the trial's parameters are (see ``Proposer``); every name on
+            # every trial, before any way out: a Gaussian process cannot do with some.
             excess = costs[name] / limit - 1.0
             trial.set_constraint(name, excess)
             broken = broken or excess > 0
@@ -204,6 +239,28 @@ class PlanStudy:
         self._known.setdefault(plan.structure_digest, told)
         return Scored(trial.number, plan, divergence, result.error, costs)
 
+    def _chosen(self, trial: optuna.Trial) -> Choices:
+        """The options of a new trial, and on the trial how it came by them."""
+        labels = {
+            knob.name: trial.suggest_categorical(knob.name, [option.label for option in knob.options])
+            for knob in self.menu.knobs
+        }
+        choices = self.proposer.choices(labels)
+        assert choices is not None
+        proposal = self.proposer.last
+        if proposal is not None and proposal.repaired:
+            trial.set_user_attr(REPAIRED, self._differing(proposal.drawn, choices))
+        if proposal is not None and proposal.varied:
+            trial.set_user_attr(VARIED, proposal.varied)
+        self._repeats = self._repeats + 1 if choices in self.proposer.seen else 0
+        self.proposer.seen.add(choices)
+        return choices
+
+    def _differing(self, drawn: Choices, choices: Choices) -> dict[str, str]:
+        """The labels of ``drawn`` where the two differ."""
+        kept = self.proposer.labels(choices)
+        return {name: label for name, label in self.proposer.labels(drawn).items() if label != kept[name]}
+
     def table(self) -> pd.DataFrame:
         """Every trial in a row: its state, its values as predicted and as stitched, and its choices."""
         return pd.DataFrame([_row(trial, self.costs) for trial in self.study.get_trials(deepcopy=False)])
@@ -218,6 +275,12 @@ class PlanStudy:
         return sorted(found, key=lambda s: s.number)
 
 
+def sampler_settings(menu: Menu, costs: int, seed: int = 0, population: int = POPULATION) -> SamplerSettings:
+    """What a sampler of a menu is made for, with the divergence as an objective beside the costs."""
+    free = sum(len(knob.options) > 1 for knob in menu.knobs)
+    return SamplerSettings(seed=seed, population=population, objectives=1 + costs, knobs=free)
+
+
 def _row(trial: FrozenTrial, costs: Sequence[str]) -> dict[str, object]:
     values = trial.values or [None] * (1 + len(costs))
     return {
@@ -227,6 +290,7 @@ def _row(trial: FrozenTrial, costs: Sequence[str]) -> dict[str, object]:
         "error": trial.user_attrs.get(ERROR),
         **dict(zip(costs, values[1:], strict=True)),
         "same_as": trial.user_attrs.get(SAME_AS),
+        "repaired": len(trial.user_attrs[REPAIRED]) if REPAIRED in trial.user_attrs else None,
         "failure": trial.user_attrs.get(FAILURE),
         "seconds": trial.user_attrs.get("seconds"),
         **trial.params,

@@ -10,9 +10,11 @@ import pytest
 
 from autocompress.methods.registry import METHODS, RANGE_METHODS, SUMMARIES
 from autocompress.registry import Registry
+from autocompress.search import samplers
+from autocompress.search.samplers import AUTO, SAMPLERS
 from autocompress.tasks.registry import DEFAULT_MODELS, FALLBACK_MODEL, MODELS, TASKS
 
-ENTRIES = [(registry, name) for registry in (METHODS, RANGE_METHODS, TASKS, MODELS) for name in registry]
+ENTRIES = [(registry, name) for registry in (METHODS, RANGE_METHODS, SAMPLERS, TASKS, MODELS) for name in registry]
 
 
 @pytest.mark.parametrize(("registry", "name"), ENTRIES, ids=[f"{r.kind}-{n}" for r, n in ENTRIES])
@@ -25,7 +27,9 @@ def test_every_entry_is_a_documented_function(registry: Registry, name: str) -> 
 
 def test_every_method_is_described() -> None:
     assert set(SUMMARIES) == set(METHODS)
-    assert all(summary and summary == summary.strip() and not summary.endswith(".") for summary in SUMMARIES.values())
+    assert set(samplers.SUMMARIES) == {AUTO, *SAMPLERS}
+    summaries = [*SUMMARIES.values(), *samplers.SUMMARIES.values()]
+    assert all(summary and summary == summary.strip() and not summary.endswith(".") for summary in summaries)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -43,7 +47,8 @@ def test_default_networks_exist() -> None:
 def test_names_are_listed_without_torch() -> None:
     code = (
         "import sys; from autocompress.methods.registry import METHODS, SUMMARIES; "
-        "from autocompress.tasks.registry import TASKS, MODELS; list(METHODS); list(TASKS); list(MODELS); "
-        "sys.exit('torch' in sys.modules)"
+        "from autocompress.tasks.registry import TASKS, MODELS; from autocompress.search.samplers import SAMPLERS; "
+        "list(METHODS); list(TASKS); list(MODELS); list(SAMPLERS); "
+        "sys.exit('torch' in sys.modules or 'optuna' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -132,6 +132,8 @@ def test_report(run: Path) -> None:
         ("tasks", "digits"),
         ("models", "resnet20"),
         ("methods", "pruning"),
+        ("samplers", "nsga2"),
+        ("samplers", "auto"),
         ("hardware", "local"),
         ("spaces", "default"),
     ],

@@ -131,6 +131,14 @@ def test_resume_refuses_to_become_another_run(tmp_path: Path) -> None:
         load_config(flags={"out": tmp_path, "resume": True, "seed": 4})
 
 
+def test_another_sampler_may_go_on_with_a_run(tmp_path: Path) -> None:
+    open_run_directory(load_config(flags={"out": tmp_path}))
+    config = load_config(flags={"out": tmp_path, "resume": True, "sampler": "tpe"})
+    open_run_directory(config)
+    assert load_config(tmp_path / "config.yaml").sampler == "tpe"
+    assert load_config(flags={"out": tmp_path, "resume": True}).sampler == "tpe"
+
+
 def test_resume_starts_where_there_is_nothing(tmp_path: Path) -> None:
     config = load_config(flags={"out": tmp_path / "new", "resume": True, "task": "digits"})
     assert open_run_directory(config) == (tmp_path / "new", False)

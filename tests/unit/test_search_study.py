@@ -12,8 +12,10 @@ from optuna.trial import TrialState
 
 from autocompress.plan import CompressionPlan
 from autocompress.search.evaluate import Stitched
+from autocompress.search.pricing import ChoicePricer
+from autocompress.search.repair import Repair
 from autocompress.search.seeds import uniform_seeds
-from autocompress.search.study import RETRY_OF, PlanStudy, open_storage
+from autocompress.search.study import MOST_REPEATS, REPAIRED, RETRY_OF, VARIED, PlanStudy, open_storage
 from tests.fixtures.search import make_menu, make_skeleton
 
 MENU = make_menu()
@@ -51,7 +53,7 @@ def test_a_plan_is_evaluated_once_however_often_it_is_proposed() -> None:
     study, judge = PlanStudy(MEMORY, SMALL, COSTS, {}, seed=0), Judge()
     found = [study.step(price, judge) for _ in range(40)]
     assert all(scored is not None for scored in found)
-    assert len(judge.seen) == len(set(judge.seen)) <= 16
+    assert len(judge.seen) == len(set(judge.seen)) == 16
     assert study.trials == 40
     assert len(study.scored()) == len(judge.seen)
     table = study.table()
@@ -120,6 +122,109 @@ def test_a_trial_carries_its_plan() -> None:
     assert MENU.plan(MENU.choices(scored.plan)) == scored.plan
     assert trial.values == [scored.divergence, scored.costs["latency_ms"], scored.costs["size_bytes"]]
     assert study.study.metric_names == ["divergence", *COSTS]
+
+
+def fixed(study: PlanStudy, *draws: tuple[int, ...]) -> None:
+    """The sampler of a study proposes these choices in turn, the last of them for ever."""
+    labels = [study.proposer.labels(choices) for choices in draws]
+    study.proposer.base = Insistent(labels)
+
+
+class Insistent(optuna.samplers.RandomSampler):
+    def __init__(self, draws: list[dict[str, str]]) -> None:
+        super().__init__(seed=0)
+        self.draws = draws
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: optuna.trial.FrozenTrial
+    ) -> dict[str, optuna.distributions.BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self,
+        study: optuna.Study,
+        trial: optuna.trial.FrozenTrial,
+        search_space: dict[str, optuna.distributions.BaseDistribution],
+    ) -> dict[str, str]:
+        return self.draws.pop(0) if len(self.draws) > 1 else self.draws[0]
+
+
+def test_a_plan_that_is_proposed_again_becomes_another_near_it() -> None:
+    study, judge = PlanStudy(MEMORY, MENU, COSTS, {}, seed=0), Judge()
+    half = MENU.uniform(0.5, "int8", 8)
+    fixed(study, half)
+    for _ in range(6):
+        study.step(price, judge)
+    assert len(set(judge.seen)) == 6
+    first, *others = study.study.trials
+    assert VARIED not in first.user_attrs
+    for trial in others:
+        chosen = study.proposer.choices(trial.params)
+        assert chosen is not None
+        changed = sum(a != b for a, b in zip(chosen, half, strict=True))
+        assert 1 <= changed <= trial.user_attrs[VARIED]
+    assert study.table()["same_as"].isna().all()
+
+
+def test_a_plan_over_budget_becomes_one_within_it_and_says_what_was_chosen() -> None:
+    limits = {"size_bytes": price(MENU.plan(MENU.uniform(0.75, "int8", 8)))["size_bytes"]}
+    repair = Repair(MENU, ChoicePricer(MENU, SKELETON), limits)
+    study, judge = PlanStudy(MEMORY, MENU, COSTS, limits, seed=0, repair=repair), Judge()
+    dense, half = MENU.uniform(1.0, "fp32", 32), MENU.uniform(0.5, "int8", 8)
+    study.enqueue([dense, half])
+    fixed(study, MENU.uniform(1.0, "int8", 8), half)
+    scored = [study.step(price, judge) for _ in range(4)]
+    assert all(s is not None and s.costs["size_bytes"] <= limits["size_bytes"] for s in scored)
+    queued, kept, drawn, _ = study.study.trials
+    for trial, given in ((queued, dense), (drawn, MENU.uniform(1.0, "int8", 8))):
+        chosen = study.proposer.choices({**trial.params, **trial.user_attrs[REPAIRED]})
+        assert chosen == given
+        assert study.proposer.choices(trial.params) == repair(given)
+    assert REPAIRED not in kept.user_attrs
+    assert study.table()["repaired"].notna().tolist()[:3] == [True, False, True]
+    assert study.table()["repaired"][0] == len(queued.user_attrs[REPAIRED])
+
+
+def test_where_no_repair_reaches_the_budget_the_trial_is_pruned() -> None:
+    limits = {"size_bytes": 1.0}
+    repair = Repair(MENU, ChoicePricer(MENU, SKELETON), limits)
+    study, judge = PlanStudy(MEMORY, MENU, COSTS, limits, seed=0, repair=repair), Judge()
+    study.enqueue([MENU.uniform(1.0, "fp32", 32)])
+    assert [study.step(price, judge) for _ in range(3)] == [None] * 3
+    assert judge.seen == []
+    assert states(study) == ["PRUNED"] * 3
+    assert all(trial.constraints["size_bytes"] > 0 for trial in study.study.trials)
+    assert not any(REPAIRED in trial.user_attrs for trial in study.study.trials)
+
+
+def test_a_genetic_sampler_breeds_from_the_seeds() -> None:
+    seeds = list(dict.fromkeys(uniform_seeds(MENU)))[:8]
+    study = PlanStudy(MEMORY, MENU, COSTS, {}, seed=0, population=8)
+    study.enqueue(seeds)
+    judge = Judge()
+    for _ in range(8):
+        study.step(price, judge)
+    study.step(price, judge)
+    # The first plan of its own is a child of two seeds: each option is one of theirs, but for what mutated.
+    child = study.proposer.choices(study.study.trials[-1].params)
+    assert child is not None
+    inherited = [option in {seed[k] for seed in seeds} for k, option in enumerate(child)]
+    assert sum(inherited) >= len(child) - 1
+    sampler = study.proposer.base
+    assert isinstance(sampler, optuna.samplers.BaseGASampler)
+    assert [trial.number for trial in sampler.get_population(study.study, 0)] == list(range(8))
+
+
+def test_a_study_ends_where_nothing_new_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    study, judge = PlanStudy(MEMORY, MENU, COSTS, {}, seed=0), Judge()
+    fixed(study, MENU.uniform(0.5, "int8", 8))
+    monkeypatch.setattr("autocompress.search.proposer.TRIES", 0)
+    while not study.exhausted:
+        study.step(price, judge)
+    assert (study.trials, len(judge.seen)) == (MOST_REPEATS + 1, 1)
+    # What is queued is still tried.
+    study.enqueue([MENU.uniform(0.25, "int8", 8)])
+    assert not study.exhausted
 
 
 def test_noise_in_the_last_digits_does_not_reach_the_sampler() -> None:
