@@ -23,7 +23,7 @@ from autocompress.methods.exact import ExactModule
 from autocompress.methods.formats import BLOCK, refusal
 from autocompress.methods.quantization import activation_formats, assign_ranges, fused_output
 from autocompress.methods.registry import RANGE_METHODS
-from autocompress.methods.rounding import round_with_compensation
+from autocompress.methods.rounding import FINE_BITS, round_with_compensation
 from autocompress.methods.rounding_formats import column_scales, format_scales, round_to_format
 from autocompress.methods.statistics import CalibrationStatistics, collect, from_matrix, merge, weight_matrix
 from autocompress.plan import (
@@ -224,9 +224,9 @@ class _Quantizer:
             raise UsageError("the float model gives NaN or infinite values on the calibration data")
         self.tried: dict[str, float] = {}
         self._gathered: dict[str, Mapping[str, torch.Tensor]] = {}
-        # Below 8 bits rounding to the nearest loses too much to be worth a try.
+        # In few bits rounding to the nearest loses too much to be worth a try.
         self.needs_hessians = any(
-            layer.storage.scheme == "affine" and layer.storage.bits < 8 for layer in plan.layers.values()
+            layer.storage.scheme == "affine" and layer.storage.bits < FINE_BITS for layer in plan.layers.values()
         )
 
     def run(self) -> CompressedModel:
@@ -336,7 +336,7 @@ def round_weights(
         name = weight_of(layer)
         matrix = weight_matrix(layer, weights[name]).float().contiguous()
         hessian = None if layer.shared_with else hessians.get(layer.name)
-        if hessian is None or storage.scheme != "affine" or (storage.bits >= 8 and not compensated):
+        if hessian is None or storage.scheme != "affine" or (storage.bits >= FINE_BITS and not compensated):
             rounded, step = round_to_format(matrix, storage)
         else:
             step = format_scales(matrix, storage)
