@@ -99,8 +99,8 @@ def _check(
         broken = [name for name, value in weights.items() if bool(value.isnan().any())]
         cause = f"weight {broken[0]!r} holds some" if broken else "its weights hold none, so look at the inputs"
         raise UsageError(
-            f"the outputs of {type(module).__name__} are not numbers (nan) on real samples ({cause}); check its weights "
-            "and how the inputs are normalised"
+            f"the outputs of {type(module).__name__} are not numbers (nan) on real samples ({cause}); check its "
+            "weights and how the inputs are normalised"
         )
     scale = float(expected.abs().max()) + 1e-6
     error = float((expected - given).abs().max()) / scale

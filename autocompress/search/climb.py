@@ -9,21 +9,22 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from autocompress.graph.blocks import drop_blocks
+from autocompress.graph.blocks import drop_blocks, find_blocks
 from autocompress.graph.executor import build_module
 from autocompress.graph.read import read_model
 from autocompress.methods.compressed import CompressedModel
-from autocompress.methods.distillation import teach
+from autocompress.methods.distillation import TeacherData, teach
 from autocompress.methods.rounding import FINE_BITS
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Original, Recipe, Student
 from autocompress.search.bases import Base, build_student, student_specs
 from autocompress.search.context import Context, name_of, priced, prices
+from autocompress.search.elastic import ElasticStage, Judged, Structures
 from autocompress.search.failures import reason_of
 from autocompress.search.gains import Outcome
 from autocompress.search.ladder import RecipeStudy, RecoveryForecast, without_labels
 from autocompress.search.menu import complete, keep_counts
 from autocompress.search.quiet import Quiet
-from autocompress.search.recover import Climbed, Recovered, Trainer, load_recovered, save_recovered
+from autocompress.search.recover import Climbed, Recovered, Source, Trainer, load_recovered, save_recovered
 from autocompress.search.rungs import RungLog, RungRow
 from autocompress.search.study import Scored
 from autocompress.search.variants import variants
@@ -46,6 +47,12 @@ MOST_STRUCTURES = 8
 STUDENT_SHARE = 0.6
 FRESH_MIN_S = 25.0
 PROMOTED = 3
+ELASTIC_SHARE, ELASTIC_LEAST_S = 0.2, 15.0
+"""Share of recovery that trains shared weights, and the seconds below which they are not worth it."""
+
+JUDGING_SHARE, JUDGED, STEPS_SHARED = 0.3, 200, 150
+"""Judging by shared weights: its time relative to training them, how many structures at most; steps without a budget."""
+
 STEPS_FIRST, STEPS_SECOND, STEPS_FORMATS, STRUCTURES = 150, 300, 60, 4
 """Without a time budget: steps at each rung, with formats simulated, and how many structures enter."""
 
@@ -55,13 +62,18 @@ MAX_STEPS = 10**9
 
 @dataclass
 class Structure:
-    """A set of widths on its way up the ladder; ``divergence`` is None where nothing could be evaluated."""
+    """A set of widths on its way up the ladder.
+
+    ``divergence`` is that of what training starts from, and ``source`` what that is: stitched from the database, or cut
+    from shared weights; None where nothing could be evaluated.
+    """
 
     base: Base
     plan: CompressionPlan
     divergence: float | None
     recovered: Recovered | None = None
     rung: int = 0
+    source: Source = "database"
 
     @property
     def key(self) -> str:
@@ -102,7 +114,9 @@ class Climber:
     def __init__(self, context: Context, scored: list[Scored]) -> None:
         self.context, self.scored = context, scored
         self.structures: dict[str, Structure] = {}
-        self.forecast = RecoveryForecast()
+        self.forecasts: dict[Source, RecoveryForecast] = {"database": RecoveryForecast(), "shared": RecoveryForecast()}
+        self.shared: ElasticStage | None = None
+        self.judged: list[Judged] = []
         self.rungs = RungLog(context.run)
         self._bases: dict[Student, Base | None] = {}
         self._harms: dict[str, float] = {}
@@ -127,6 +141,7 @@ class Climber:
             if not self._time_left():
                 return
             self._export(structure, None)
+        self._share_weights(taught)
         available = self._available()
         slots = int(np.clip(available / SLOT_S, 3, MOST_STRUCTURES)) if context.timed else STRUCTURES
         slots, promotions = max(0, slots - done.entered), max(0, PROMOTED - done.promoted)
@@ -190,7 +205,9 @@ class Climber:
             base = self._base(climbed.plan.base)
             if base is None:
                 continue
-            structure = Structure(base, climbed.plan, climbed.divergence, recovered, climbed.rung)
+            structure = Structure(
+                base, climbed.plan, climbed.divergence, recovered, climbed.rung, source=climbed.source
+            )
             known = self.structures.get(structure.key)
             if known is None or known.rung <= structure.rung:
                 self.structures[structure.key] = structure
@@ -198,8 +215,32 @@ class Climber:
                 entered += climbed.rung == 1
                 promoted += climbed.rung > 1
             if climbed.rung == 1 and climbed.divergence is not None:
-                self.forecast.add(climbed.divergence, recovered.error - self.context.error)
+                self.forecasts[climbed.source].add(climbed.divergence, recovered.error - self.context.error)
         return Done(entered, promoted)
+
+    # ------------------------------------------------------------------------------------------- shared weights
+
+    def _share_weights(self, taught: TeacherData) -> None:
+        """Trains weights that all structures share and judges many by them, where there is time and it pays."""
+        context = self.context
+        blocks = sorted((block.name for block in find_blocks(context.original.graph)), key=self._harm)
+        structures = Structures(context, blocks, self._base)
+        seconds = ELASTIC_SHARE * self._available() if context.timed else None
+        stage = ElasticStage(context, structures, taught, self.trainer.batch_size, not context.timed)
+        long_enough = seconds is None or seconds >= ELASTIC_LEAST_S or stage.trained
+        if not long_enough or not (structures.options or blocks):
+            return
+        try:
+            with context.delivery.stages.of("shared weights"):
+                context.progress.stage("shared weights")
+                stage.train(STEPS_SHARED, seconds)
+                if not stage.pays():
+                    return
+                self.judged = stage.search(JUDGED, None if seconds is None else JUDGING_SHARE * seconds)
+        except ArithmeticError as error:
+            context.delivery.fail("shared-weights", error)
+            return
+        self.shared = stage
 
     # ------------------------------------------------------------------------------------------- who comes next
 
@@ -226,6 +267,8 @@ class Climber:
         graph = self.context.original.graph
         found = []
         for spec in student_specs(graph, self._harm, offered.widths, offered.depths, offered.init):
+            if spec.init == "inherit" and self.shared is not None:
+                continue  # shallower structures were judged with all others
             if spec.init == "fresh" and seconds is not None and seconds < FRESH_MIN_S:
                 continue
             base = self._base(spec)
@@ -251,23 +294,39 @@ class Climber:
         return self._harms[block]
 
     def _next(self) -> Structure | None:
-        """The stitched structure with the largest predicted gain in hypervolume after recovery."""
+        """The structure with the largest predicted gain in hypervolume after recovery."""
         waiting = self._waiting()
         if not waiting:
             return None
-        predicted = self.forecast.predict(np.array([s.divergence for s in waiting]))
-        promised = [Outcome(float(p), s.costs) for p, s in zip(predicted, waiting, strict=True)]
+        promised = [Outcome(self._forecast(structure), costs) for structure, costs in waiting]
         gains = self.context.gains
         index, gain = gains.best([self._outcome(s) for s in self.structures.values()], promised)
         if gain <= 0.0 and gains.axes:
             # With quality alone to win, the next best guess is worth a try: forecasts err.
             return None
-        return Structure(self.context.original, waiting[index].plan, waiting[index].divergence)
+        return waiting[index][0]
 
-    def _waiting(self) -> list[Scored]:
-        keys = {s.plan.shape_digest for s in self.scored}
-        taken = self.structures.keys() | {key for key in keys if self._has_failed(key, 1)}
-        return [s for s in self.scored if s.plan.shape_digest not in taken]
+    def _waiting(self) -> list[tuple[Structure, Mapping[str, float]]]:
+        """Structures that were judged and not trained yet, with their least predicted costs; each once."""
+        found: dict[str, tuple[Structure, Mapping[str, float]]] = {}
+        for j in self.judged:
+            found[j.plan.shape_digest] = Structure(j.base, j.plan, j.divergence, source="shared"), j.costs
+        for s in self.scored:
+            structure = Structure(self.context.original, s.plan, s.divergence)
+            found.setdefault(f"{structure.key}-{s.number}", (structure, s.costs))
+        cut = {structure.key for structure, _ in found.values() if structure.source == "shared"}
+        return [
+            (structure, costs)
+            for structure, costs in found.values()
+            if structure.key not in self.structures
+            and not self._has_failed(structure.key, 1)
+            and (structure.source == "shared" or structure.key not in cut)
+        ]
+
+    def _forecast(self, structure: Structure) -> float:
+        """The quality a judged structure is expected to lose, once it is recovered."""
+        assert structure.divergence is not None
+        return float(self.forecasts[structure.source].predict(np.array([structure.divergence]))[0])
 
     def _has_failed(self, key: str, rung: int) -> bool:
         """Whether the recovery of a structure failed at a rung, in this process or an interrupted one."""
@@ -284,8 +343,7 @@ class Climber:
         candidates = [s for s in students if not s.base.fresh]
         waiting = self._waiting()
         if waiting:
-            chosen = min(waiting, key=lambda s: [s.costs[name] for name in self.context.costs])
-            candidates.append(Structure(self.context.original, chosen.plan, chosen.divergence))
+            candidates.append(min(waiting, key=lambda item: [item[1][name] for name in self.context.costs])[0])
         return min(candidates, key=cost, default=None)
 
     def _outcome(self, structure: Structure) -> Outcome:
@@ -344,12 +402,12 @@ class Climber:
             context.progress.advance()
             return
         path = context.run / ".work" / "recovered" / f"{structure.key}-{rung}.safetensors"
-        climbed = Climbed(structure.plan, structure.divergence, rung, context.clock.leg)
+        climbed = Climbed(structure.plan, structure.divergence, rung, context.clock.leg, structure.source)
         save_recovered(recovered, climbed, path)
         if trial is not None:
             self.recipes.tell(trial, self._open_share(structure, recovered), structure.key)
         if structure.divergence is not None and rung == 1:
-            self.forecast.add(structure.divergence, recovered.error - context.error)
+            self.forecasts[structure.source].add(structure.divergence, recovered.error - context.error)
         structure.recovered, structure.rung = recovered, rung
         self.structures[structure.key] = structure
         self.rungs.add(self._row(structure, rung, recipe, expected, recovered))
@@ -369,7 +427,7 @@ class Climber:
             return base + _promised(structure.rung) * (structure.recovered.error - base)
         if structure.divergence is None:
             return None
-        return base + float(self.forecast.predict(np.array([structure.divergence]))[0])
+        return base + self._forecast(structure)
 
     def _row(
         self,
@@ -404,6 +462,8 @@ class Climber:
     def _start(self, structure: Structure) -> tuple[ModelGraph, Mapping[str, torch.Tensor]]:
         """Graph and float weights a recovery begins with."""
         base, original = structure.base, self.context.original
+        if structure.source == "shared" and self.shared is not None:
+            return self.shared.cut(structure.plan)
         if base.weights is not None and base is not original:
             return base.graph, base.weights
         floats = {layer.name: LayerPlan() for layer in original.graph.compressible}
@@ -419,7 +479,7 @@ class Climber:
         gap = max(recovered.error - self.context.error, 0.0)
         if structure.divergence is None:
             return gap / 0.02
-        return gap / max(float(self.forecast.predict(np.array([structure.divergence]))[0]), 1e-3)
+        return gap / max(self._forecast(structure), 1e-3)
 
     # -------------------------------------------------------------------------------------------------- delivery
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +26,9 @@ from autocompress.progress import Progress
 from autocompress.tasks.base import Task, quality
 
 logger = logging.getLogger(__name__)
+
+Source = Literal["database", "shared"]
+"""What a recovery starts from: stitched from the database of layers, or cut from shared weights."""
 
 FRESH_LEARNING_RATE = 3.0
 """How much faster fresh weights learn than inherited ones."""
@@ -165,13 +169,15 @@ class Trainer:
 class Climbed:
     """What a file of a recovery says of itself: enough to go on with it in another process.
 
-    ``leg`` says in which leg of the run it was made: the first, or one that was given more time.
+    ``leg`` says in which leg of the run it was made: the first, or one that was given more time; ``source``, what its
+    training started from.
     """
 
     plan: CompressionPlan
     divergence: float | None
     rung: int
     leg: int = 1
+    source: Source = "database"
 
 
 def save_recovered(recovered: Recovered, climbed: Climbed, path: Path) -> None:
@@ -186,6 +192,7 @@ def save_recovered(recovered: Recovered, climbed: Climbed, path: Path) -> None:
         "divergence": climbed.divergence,
         "rung": climbed.rung,
         "leg": climbed.leg,
+        "source": climbed.source,
     }
     temporary = path.with_suffix(".part")
     save_file(
@@ -209,7 +216,9 @@ def load_recovered(path: Path) -> tuple[Recovered, Climbed] | None:
             Recipe.model_validate(facts["recipe"]),
         )
         plan = CompressionPlan.model_validate(facts["plan"])
-        return recovered, Climbed(plan, facts["divergence"], facts["rung"], facts.get("leg", 1))
+        return recovered, Climbed(
+            plan, facts["divergence"], facts["rung"], facts.get("leg", 1), facts.get("source", "database")
+        )
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         logger.warning("%s is unreadable and will be made again (%s)", path, error)
         return None
