@@ -50,8 +50,11 @@ PROMOTED = 3
 ELASTIC_SHARE, ELASTIC_LEAST_S = 0.2, 15.0
 """Share of recovery that trains shared weights, and the seconds below which they are not worth it."""
 
-JUDGING_SHARE, JUDGED, STEPS_SHARED = 0.3, 200, 150
-"""Judging by shared weights: its time relative to training them, how many structures at most; steps without a budget."""
+JUDGING_SHARE, MOST_JUDGED = 0.3, 300
+"""Time for judging structures by shared weights, relative to training them, and how many at most."""
+
+STEPS_SHARED, JUDGED = 60, 40
+"""Without a time budget: steps that train shared weights, and structures judged by them."""
 
 STEPS_FIRST, STEPS_SECOND, STEPS_FORMATS, STRUCTURES = 150, 300, 60, 4
 """Without a time budget: steps at each rung, with formats simulated, and how many structures enter."""
@@ -236,7 +239,8 @@ class Climber:
                 stage.train(STEPS_SHARED, seconds)
                 if not stage.pays():
                     return
-                self.judged = stage.search(JUDGED, None if seconds is None else JUDGING_SHARE * seconds)
+                most, judging_s = (JUDGED, None) if seconds is None else (MOST_JUDGED, JUDGING_SHARE * seconds)
+                self.judged = stage.search(most, judging_s)
         except ArithmeticError as error:
             context.delivery.fail("shared-weights", error)
             return
