@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 DEFAULT = "nsga2"
-"""What ``auto`` stands for: the best of ``results/samplers``."""
+"""What ``auto`` stands for."""
 
 GP_KNOBS = 16
 """Knobs a Gaussian process is good for: beyond, it models little and takes seconds a trial."""
@@ -36,7 +36,7 @@ SAMPLERS = Registry(
 """How candidates are proposed; each entry is a function of ``SamplerSettings``."""
 
 SUMMARIES = {
-    AUTO: f"the best by measurement: {DEFAULT}",
+    AUTO: f"the default: {DEFAULT}",
     "nsga2": "genetic: crosses and mutates the best trade-offs so far",
     "nsga3": "genetic: the same, its survivors spread along reference directions",
     "tpe": "models which options the good plans have, all knobs together",
