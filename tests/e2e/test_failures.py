@@ -153,7 +153,7 @@ def test_a_space_that_leaves_nothing_to_choose_is_refused(search: Search, tmp_pa
     ("expression", "says"),
     [
         ("given(train=data(1))", "train split has 1 sample.*give calibration too"),
-        ("given(train=(data(50)[0] / 0, data(50)[1]))", "40 of 40 train samples hold values that are not finite"),
+        ("given(train=(data(50)[0] / 0, data(50)[1]))", r"(\d+) of \1 train samples hold values that are not finite"),
         ("given(validation=(data(50)[0], torch.arange(50)))", "validation run from 0 to 49.*the classes 0 to 2"),
         ("given(loss=lambda o, t: o.sum() * float('nan'))", r"loss gives \[nan\] for the model's own outputs"),
         ("given(validation=data(50)[0])", "a batch of the task's validation is a Tensor; expected .inputs, targets."),
