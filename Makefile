@@ -88,7 +88,7 @@ bench-latency: install  ## the latency model against plans it has never seen, at
 bench-export-cost: install  ## what reading a model and writing a plan's file take, about a minute
 	$(BIN)/python -m benchmarks.export_cost
 
-bench-export: install  ## int8 exports of eight networks against onnxruntime's own quantizer, about 30 minutes
+bench-export: install  ## int8 exports of eight networks against onnxruntime's own quantizer, about 40 minutes
 	$(PIP) install --quiet -c constraints.txt -e '.[transformers]'
 	$(BIN)/python -m benchmarks.export
 
