@@ -56,7 +56,7 @@ def front_table(front: LoadedFront, width: int) -> RenderableType:
     if not any(rows["tied"]):
         del headings["tied"]
     wide = width >= WIDE
-    words = {key: headings[key] for key in ("tied", "how") if key in headings}
+    words = {key: heading for key, heading in headings.items() if key in ("tied", "how")}
     numbers = [key for key in headings if wide or key not in ("interval", *words)]
     tables: list[RenderableType] = [_table(rows, {key: headings[key] for key in numbers})]
     if not wide:

@@ -165,6 +165,8 @@ def split_gap_text(front: LoadedFront) -> str:
     scale = points_per_unit(metric)
     unit = "points" if metric.unit == "fraction" else metric.unit
 
+    mean_by_chance, largest_by_chance = (gap.mean_by_chance, gap.largest_by_chance) if gap else (None, None)
+
     def spelled(value: float, word: str, by_chance: tuple[float, float] | None) -> str:
         chance = ""
         if by_chance is not None:
@@ -174,9 +176,9 @@ def split_gap_text(front: LoadedFront) -> str:
     differences = [point.validation - point.test for point in points]
     head = f"Validation minus test {metric.name}"
     if len(points) == 1:
-        return f"{head}: {spelled(differences[0], '', gap and gap.mean_by_chance)}."
-    mean = spelled(sum(differences) / len(differences), " on average", gap and gap.mean_by_chance)
-    most = spelled(max(differences), " at most", gap and gap.largest_by_chance)
+        return f"{head}: {spelled(differences[0], '', mean_by_chance)}."
+    mean = spelled(sum(differences) / len(differences), " on average", mean_by_chance)
+    most = spelled(max(differences), " at most", largest_by_chance)
     return f"{head} over the {len(points)} points: {mean}, {most}."
 
 
