@@ -35,8 +35,9 @@ from autocompress.search.evaluate import StitchedEvaluator
 from autocompress.search.files import Clock, read_json, write_text
 from autocompress.search.ladder import best_gain
 from autocompress.search.menu import Menu, complete, format_of
+from autocompress.search.prefix import PrefixJudge
 from autocompress.search.pruning import prune
-from autocompress.search.seeds import FORMATS, Sensitivity, dp_front, measure_sensitivity, uniform_seeds
+from autocompress.search.seeds import FORMATS, Sensitivity, base_options, dp_front, measure_sensitivity, uniform_seeds
 from autocompress.search.study import PlanStudy, Scored
 from autocompress.search.target import (
     counted_costs,
@@ -250,7 +251,8 @@ class Engine:
         stored = read_json(path)
         if stored is not None and [len(row) for row in stored] == [len(k.options) for k in context.menu.knobs]:
             return Sensitivity(tuple(np.array(row) for row in stored))
-        found = measure_sensitivity(context.menu, context.evaluator.quick, self.progress)
+        base = context.menu.plan_of(base_options(context.menu))
+        found = measure_sensitivity(context.menu, PrefixJudge(context.evaluator, base).judge, self.progress)
         write_text(path, json.dumps([row.tolist() for row in found.divergence]))
         return found
 

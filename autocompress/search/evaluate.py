@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from autocompress.graph.executor import GraphModule
+from autocompress.methods.channel_correction import StatisticsCorrection
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.database import LayerDatabase
-from autocompress.methods.recovery import correct_statistics
 from autocompress.methods.simulation import build_compressed
 from autocompress.plan import CompressionPlan
 from autocompress.tasks.base import Task
@@ -49,38 +49,52 @@ class StitchedEvaluator:
         validation = task.split("validation")
         chosen = torch.randperm(len(validation), generator=torch.Generator().manual_seed(seed))[:RANKING_SAMPLES]
         self._samples: TensorSplit = validation.take(chosen)
-        self._correction = task.split("calibration").batch(slice(0, CORRECTION_SAMPLES)).inputs[0]
+        self.correction_inputs = task.split("calibration").batch(slice(0, CORRECTION_SAMPLES)).inputs[0]
         self._score = task.score
         self._teacher = F.log_softmax(self._run(dense), dim=-1)
         self._seen: dict[str, Stitched] = {}
 
     def build(self, plan: CompressionPlan) -> CompressedModel:
         """The candidate: stitched, then its channel statistics corrected."""
-        compressed = self.database.stitch(plan)
+        correction = self.correction(plan)
+        with torch.no_grad():
+            correction.module(self.correction_inputs)
+        return correction.result()
+
+    def correction(self, plan: CompressionPlan) -> StatisticsCorrection:
+        """The candidate as stitched, its correction still to be done by a pass over ``correction_inputs``."""
         statistics = self.database.statistics
         rows = self.database.kept_outputs(plan)
         means = {name: value[rows[name]] for name, value in statistics.means.items() if name in rows}
         deviations = {name: value[rows[name]] for name, value in statistics.deviations.items() if name in rows}
-        return correct_statistics(compressed, [(self._correction,)], means, deviations)
+        return StatisticsCorrection(self.database.stitch(plan), means, deviations)
 
     def __call__(self, plan: CompressionPlan) -> Stitched:
         key = plan.structure_digest
         if key not in self._seen:
             outputs = self._run(build_compressed(self.build(plan)))
             score = self._score(outputs, self._samples.targets)
-            self._seen[key] = Stitched(self._divergence(outputs), 1.0 - float(score.float().mean()))
+            self._seen[key] = Stitched(self.divergence(outputs), 1.0 - float(score.float().mean()))
         return self._seen[key]
 
     def divergence_of(self, module: GraphModule) -> float:
         """The divergence of any module with the original's inputs and outputs, on the quick samples."""
-        return self._divergence(self._run(module, QUICK_SAMPLES))
+        return self.divergence(self._run(module, QUICK_SAMPLES))
 
     def quick(self, plan: CompressionPlan) -> float:
         """The divergence on a quarter of the samples: enough to tell which single change hurts."""
         return self.divergence_of(build_compressed(self.build(plan)))
 
-    def _divergence(self, outputs: torch.Tensor) -> float:
-        """Mean KL(original || candidate); a model driven to infinities is as bad as can be, not unknown."""
+    @property
+    def quick_inputs(self) -> torch.Tensor:
+        """The quick samples, ``[n, ...]``."""
+        return self._samples.batch(slice(0, QUICK_SAMPLES)).inputs[0]
+
+    def divergence(self, outputs: torch.Tensor) -> float:
+        """Mean KL(original || candidate) of outputs on the first ranking samples, in nats.
+
+        A model driven to infinities is as bad as can be, not unknown.
+        """
         teacher = self._teacher[: len(outputs)]
         divergence = F.kl_div(F.log_softmax(outputs, -1), teacher, reduction="none", log_target=True)
         return min(float(divergence.flatten(1).sum(1).nan_to_num(1e3, posinf=1e3).mean()), 1e3)

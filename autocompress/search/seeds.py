@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from autocompress.plan import CompressionPlan, Compute, LayerPlan
+from autocompress.plan import CompressionPlan, Compute
 from autocompress.progress import Progress
 from autocompress.search.menu import Menu, Option
 
 Array = npt.NDArray[np.float64]
 Pricer = Callable[[Sequence[CompressionPlan]], Array]
 """Gives the cost of plans along one resource."""
+
+Judge = Callable[[Sequence[CompressionPlan]], Iterable[tuple[int, float]]]
+"""Gives the index of each plan with its divergence, in any order."""
 
 BINS = 400
 
@@ -30,33 +33,33 @@ class Sensitivity:
         return float(sum(row[choice] for row, choice in zip(self.divergence, choices, strict=True)))
 
 
-def measure_sensitivity(menu: Menu, judge: Callable[[CompressionPlan], float], progress: Progress) -> Sensitivity:
+def measure_sensitivity(menu: Menu, judge: Judge, progress: Progress) -> Sensitivity:
     """Evaluates each width and each format of each knob on its own; an option counts as the sum of its two parts."""
-    dense = list(menu.uniform(1.0, "fp32", 32))
-    tasks = [
-        (k, sorted({o.keep or 0 for o in knob.options}), list(dict.fromkeys(o.format for o in knob.options)))
-        for k, knob in enumerate(menu.knobs)
-    ]
-    progress.stage("sensitivity", sum(len(widths) + len(formats) for _, widths, formats in tasks))
-    chosen = [knob.options[choice] for knob, choice in zip(menu.knobs, dense, strict=True)]
+    dense = base_options(menu)
+    swaps: list[tuple[int, Option]] = []
+    for index, (knob, whole) in enumerate(zip(menu.knobs, dense, strict=True)):
+        # Built as they are: a menu that was pruned may hold a width in one format and not in the other.
+        widths = [Option(keep, whole.format) for keep in sorted({o.keep for o in knob.options if o.keep is not None})]
+        formats = [Option(whole.keep, form) for form in dict.fromkeys(o.format for o in knob.options)]
+        swaps += [(index, option) for option in (*widths, *formats) if option != whole]
+    progress.stage("sensitivity", len(swaps))
+    plans = [menu.plan_of([*dense[:index], option, *dense[index + 1 :]]) for index, option in swaps]
+    losses: dict[tuple[int, Option], float] = {}
+    for place, divergence in judge(plans):
+        # Rounded, because the last digits differ from process to process and the seeds should not.
+        losses[swaps[place]] = float(f"{divergence:.3g}")
+        progress.advance()
     rows = []
-    for index, widths, formats in tasks:
-        options = menu.knobs[index].options
-        whole = options[dense[index]]
-
-        def loss(keep: int, form: LayerPlan, index: int = index, whole: Option = whole) -> float:
-            # Built as it is: a menu that was pruned may hold a width in one format and not in the other.
-            option = Option(keep if whole.keep is not None else None, form)
-            progress.advance()
-            if option == whole:
-                return 0.0
-            # Rounded, because the last digits differ from process to process and the seeds should not.
-            return float(f"{judge(menu.plan_of([*chosen[:index], option, *chosen[index + 1 :]])):.3g}")
-
-        by_width = {keep: loss(keep, whole.format) for keep in widths}
-        by_format = {form: loss(whole.keep or 0, form) for form in formats}
-        rows.append(np.array([by_width[o.keep or 0] + by_format[o.format] for o in options]))
+    for index, (knob, whole) in enumerate(zip(menu.knobs, dense, strict=True)):
+        parts = [(Option(option.keep, whole.format), Option(whole.keep, option.format)) for option in knob.options]
+        rows.append(np.array([sum(losses.get((index, part), 0.0) for part in pair) for pair in parts]))
     return Sensitivity(tuple(rows))
+
+
+def base_options(menu: Menu) -> list[Option]:
+    """The options of the plan that single changes are measured against: whole, in the best format on the menu."""
+    choices = menu.uniform(1.0, "fp32", 32)
+    return [knob.options[choice] for knob, choice in zip(menu.knobs, choices, strict=True)]
 
 
 def knapsack(losses: Sequence[Array], costs: Sequence[Array], budgets: Sequence[float]) -> list[tuple[int, ...]]:
