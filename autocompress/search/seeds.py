@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,8 @@ from autocompress.progress import Progress
 from autocompress.search.menu import Menu, Option
 
 Array = npt.NDArray[np.float64]
-Pricer = Callable[[Sequence[CompressionPlan]], Array]
-"""Gives the cost of plans along one resource."""
+Pricer = Callable[[npt.NDArray[np.int64]], Array]
+"""Gives the costs ``[plans, resources]`` of choices ``[plans, knobs]``."""
 
 Judge = Callable[[Sequence[CompressionPlan]], Iterable[tuple[int, float]]]
 """Gives the index of each plan with its divergence, in any order."""
@@ -29,7 +30,7 @@ class Sensitivity:
     divergence: tuple[Array, ...]
 
     def estimate(self, choices: Sequence[int]) -> float:
-        """The sum over knobs: near the truth while losses are small."""
+        """The sum over knobs: near the truth while losses are small; ``DivergenceEstimate`` does better."""
         return float(sum(row[choice] for row, choice in zip(self.divergence, choices, strict=True)))
 
 
@@ -102,42 +103,77 @@ def knapsack(losses: Sequence[Array], costs: Sequence[Array], budgets: Sequence[
     return found
 
 
-def dp_front(menu: Menu, sensitivity: Sensitivity, price: Pricer, count: int = 8) -> list[tuple[int, ...]]:
+def dp_surface(menu: Menu, sensitivity: Sensitivity, price: Pricer, mixtures: int = 5) -> list[tuple[int, ...]]:
+    """Choices spread over the front in all resources: a ``dp_front`` for each resource and for mixtures of two.
+
+    A plan that is the best for a mixture of the resources is one that no plan beats in both.  Each resource counts as
+    a share of the dense plan's.
+
+    Args:
+        menu: the knobs.
+        sensitivity: of each option.
+        price: gives all resources.
+        mixtures: fronts for each pair of resources, those of one resource alone counted.
+    """
+    dense = price(np.array([menu.uniform(1.0, "fp32", 32)]))[0]
+    count = len(dense)
+    weights = [tuple(float(i == j) for j in range(count)) for i in range(count)]
+    for i, j in itertools.combinations(range(count), 2):
+        for share in np.linspace(0.0, 1.0, mixtures)[1:-1]:
+            weights.append(tuple(float({i: share, j: 1.0 - share}.get(k, 0.0)) for k in range(count)))
+    found: dict[tuple[int, ...], None] = {}
+    for mixture in weights:
+        scale = np.array(mixture) / np.maximum(dense, 1e-12)
+        found |= dict.fromkeys(dp_front(menu, sensitivity, lambda choices, scale=scale: price(choices) @ scale))  # type: ignore[misc]
+    return list(found)
+
+
+def dp_front(
+    menu: Menu, sensitivity: Sensitivity, price: Callable[[npt.NDArray[np.int64]], Array], count: int = 8
+) -> list[tuple[int, ...]]:
     """Choices along one resource, from cheap to dear.
 
     Costs are not additive (a layer's time depends on both its widths), so each option's cost is its marginal one,
     taken about a middling plan and then again about the plan that was found.
+
+    Args:
+        menu: the knobs.
+        sensitivity: of each option.
+        price: the cost ``[plans]`` of choices ``[plans, knobs]``.
+        count: budgets, from tight to wide.
     """
     found: dict[tuple[int, ...], None] = {}
     middle = menu.uniform(0.5, "int8", 8)
+    around = _marginal_costs(menu, middle, price)
     for share in np.geomspace(0.06, 0.9, count):
-        centre = middle
-        for _ in range(2):
-            costs = _marginal_costs(menu, centre, price)
+        costs, chosen = around, []
+        for repeat in range(2):
+            if repeat:
+                costs = _marginal_costs(menu, chosen[0], price)
             # Between the cheapest and the dearest: of a small model's latency much is the same whatever is chosen.
             low, high = (sum(float(end(row)) for row in costs) for end in (np.min, np.max))
             chosen = knapsack(sensitivity.divergence, costs, [low + float(share) * (high - low)])
             if not chosen:
                 break
-            centre = chosen[0]
-        else:
-            found[centre] = None
+        if chosen:
+            found[chosen[0]] = None
     return list(found)
 
 
-def _marginal_costs(menu: Menu, centre: Sequence[int], price: Pricer) -> list[Array]:
-    plans, sizes = [], []
-    for index, knob in enumerate(menu.knobs):
-        plans += [menu.plan([*centre[:index], option, *centre[index + 1 :]]) for option in range(len(knob.options))]
-        sizes.append(len(knob.options))
-    prices = price(plans)
-    base = float(price([menu.plan(centre)])[0])
-    rows, start = [], 0
-    for size in sizes:
-        row = prices[start : start + size]
-        start += size
-        # Each knob carries its marginal saving and an equal share of what no knob accounts for.
-        rows.append(row - row.min())
+def _marginal_costs(
+    menu: Menu, centre: Sequence[int], price: Callable[[npt.NDArray[np.int64]], Array]
+) -> list[Array]:
+    """What each option of each knob costs beside ``centre``'s others, an equal share of the rest included."""
+    sizes = [len(knob.options) for knob in menu.knobs]
+    choices = np.tile(np.array(centre, dtype=np.int64), (1 + sum(sizes), 1))
+    choices[1:][np.arange(sum(sizes)), np.repeat(np.arange(len(sizes)), sizes)] = np.concatenate(
+        [np.arange(size) for size in sizes]
+    )
+    base, *prices = price(choices).tolist()
+    starts = np.cumsum([0, *sizes])
+    rows = [np.array(prices[start : start + size]) for start, size in zip(starts, sizes, strict=False)]
+    # Each knob carries its marginal saving and an equal share of what no knob accounts for.
+    rows = [row - row.min() for row in rows]
     rest = max(0.0, base - sum(float(row[c]) for row, c in zip(rows, centre, strict=True)))
     return [row + rest / len(rows) for row in rows]
 
@@ -145,8 +181,11 @@ def _marginal_costs(menu: Menu, centre: Sequence[int], price: Pricer) -> list[Ar
 FORMATS: tuple[tuple[Compute, int], ...] = (("fp32", 32), ("int8", 8), ("int8", 4), ("fp32", 8), ("fp32", 4))
 
 
-def uniform_seeds(menu: Menu) -> Iterator[tuple[int, ...]]:
+SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.0)
+
+
+def uniform_seeds(menu: Menu, shares: Sequence[float] = SHARES) -> Iterator[tuple[int, ...]]:
     """Dense, uniform int8 and 4-bit, uniform widths in each format, and the narrowest the menu has."""
-    for share in (1.0, 0.75, 0.5, 0.375, 0.25, 0.0):
+    for share in shares:
         for compute, bits in FORMATS:
             yield menu.uniform(share, compute, bits)
