@@ -103,10 +103,15 @@ class Context:
 
     def box(self, drop: float, costs: Mapping[str, float]) -> list[float]:
         """A point for comparing gains; the drop counts by its root, so that the cheap end of a front counts too."""
-        span = min(self.delivery.limits.get("drop", WIDEST_DROP), WIDEST_DROP) or 1.0
+        span = self.widest_drop
         rooted = math.sqrt(max(drop, 0.0) * 100.0 / span) * span / 100.0
         known = {name: costs.get(name, self.reference[name]) for name in self.costs}
         return box(rooted, known, self.reference, span)
+
+    @property
+    def widest_drop(self) -> float:
+        """Points of quality at which a candidate is worth nothing in this run."""
+        return min(self.delivery.limits.get("drop", WIDEST_DROP), WIDEST_DROP) or 1.0
 
     def note_time(self) -> None:
         """Tells the progress how much time is left."""

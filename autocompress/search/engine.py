@@ -6,13 +6,12 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from torch import nn
 
 from autocompress.config import RunConfig
@@ -36,8 +35,9 @@ from autocompress.search.files import Clock, read_json, write_text
 from autocompress.search.ladder import best_gain
 from autocompress.search.menu import Menu, complete, format_of
 from autocompress.search.prefix import PrefixJudge
+from autocompress.search.proposing import make_proposals
 from autocompress.search.pruning import prune
-from autocompress.search.seeds import FORMATS, Sensitivity, base_options, dp_front, measure_sensitivity, uniform_seeds
+from autocompress.search.seeds import FORMATS, Sensitivity, base_options, measure_sensitivity, uniform_seeds
 from autocompress.search.study import PlanStudy, Scored
 from autocompress.search.target import (
     counted_costs,
@@ -59,6 +59,12 @@ SEARCH_SHARE = 0.15
 
 PREDICTION_MARGIN = 1.06
 """Predictions err by a few percent: plans are held to a little less than a latency budget."""
+
+SAMPLER_TURN = 2
+"""Every so many trials, once the seeds are evaluated, Optuna's sampler chooses the plan; else its expected gain does."""
+
+SEED_SHARES = (1.0, 0.5)
+"""Widths of the uniform plans that are evaluated whatever they promise; the others are in the first pool of proposals."""
 
 STITCHED_DELIVERED = 5
 NOTED_EVERY = 20
@@ -214,18 +220,27 @@ class Engine:
     # --------------------------------------------------------------------------------------------------- search
 
     def _search(self, context: Context) -> list[Scored]:
-        """Optuna over stitched candidates, from the seeds on; gives every distinct plan that was evaluated."""
-        costs = context.costs
-        study = PlanStudy(context.storage, context.menu, costs, context.hard, self.config.seed)
+        """Optuna over stitched candidates, from the seeds on; gives every distinct plan that was evaluated.
+
+        Its own sampler takes turns with plans proposed by expected gain, which are enqueued in the same study.
+        """
+        study = PlanStudy(context.storage, context.menu, context.costs, context.hard, self.config.seed)
         finished = self.run / ".work" / "search-done.json"
         if read_json(finished) is None:
+            proposals = make_proposals(context, self._sensitivity(context))
             if study.trials == 0:
-                self._enqueue_seeds(context, study, costs)
+                study.enqueue(uniform_seeds(context.menu, SEED_SHARES))
             total = self.config.trials
             limited = math.isfinite(self.clock.left)
             deadline = self.clock.spent + SEARCH_SHARE * self.clock.left if limited else math.inf
             self.progress.stage("search", total)
+            batch: list[tuple[int, ...]] = []
             while (total is None or study.trials < total) and self.clock.spent < deadline:
+                if not study.waiting and study.trials % SAMPLER_TURN:
+                    # What the sampler came upon meanwhile is not evaluated again.
+                    batch = [choices for choices in batch if choices not in study.tried]
+                    batch = batch or proposals.batch(study.evaluated, study.tried)
+                    study.enqueue(batch[:1])
                 study.step(lambda plan: prices(context.original.skeleton, plan), context.evaluator)
                 self.progress.advance()
                 if study.trials % NOTED_EVERY == 0:
@@ -235,16 +250,6 @@ class Engine:
             write_text(finished, json.dumps(study.trials))
         self.trials = study.trials
         return study.scored()
-
-    def _enqueue_seeds(self, context: Context, study: PlanStudy, costs: tuple[str, ...]) -> None:
-        sensitivity = self._sensitivity(context)
-        study.enqueue(uniform_seeds(context.menu))
-        for name in costs:
-
-            def price(plans: Sequence[CompressionPlan], name: str = name) -> npt.NDArray[np.float64]:
-                return np.asarray(getattr(context.original.skeleton.price(plans), name), dtype=float)
-
-            study.enqueue(dp_front(context.menu, sensitivity, price))
 
     def _sensitivity(self, context: Context) -> Sensitivity:
         path = self.run / ".work" / "sensitivity.json"

@@ -69,11 +69,23 @@ def box(drop: float, costs: Mapping[str, float], reference: Mapping[str, float],
         reference: the original's costs.
         span: the drop in points that is worth nothing.
     """
-    gains = [
-        min(math.log2(max(reference[name], 1e-12) / max(cost, 1e-12)) / _SPANS.get(name, SPEED_SPAN), 1.0)
-        for name, cost in list(costs.items())[:MOST_AXES]
-    ]
-    return [max(0.0, drop) * 100.0 / span, *(1.0 - gain for gain in gains)]
+    axes = cost_axes(np.array([list(costs.values())]), list(costs), reference)[0]
+    return [max(0.0, drop) * 100.0 / span, *axes.tolist()]
+
+
+def cost_axes(costs: np.ndarray, names: Sequence[str], reference: Mapping[str, float]) -> np.ndarray:
+    """The axes of ``box`` behind the drop's.
+
+    Args:
+        costs: ``[points, names]``.
+        names: of the columns; those after the third do not count.
+        reference: the original's costs.
+    """
+    counted = list(names)[:MOST_AXES]
+    spans = np.array([_SPANS.get(name, SPEED_SPAN) for name in counted])
+    whole = np.array([max(reference[name], 1e-12) for name in counted])
+    gains = np.log2(whole / np.maximum(costs[:, : len(counted)], 1e-12)) / spans
+    return np.asarray(1.0 - np.minimum(gains, 1.0))
 
 
 def best_gain(present: Sequence[Sequence[float]], candidates: Sequence[Sequence[float]]) -> tuple[int, float]:

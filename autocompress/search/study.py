@@ -102,6 +102,14 @@ class PlanStudy:
             if choices and RETRY_OF not in trial.user_attrs:
                 self.study.enqueue_trial(choices, user_attrs={RETRY_OF: trial.number})
         self._known: dict[str, FrozenTrial] = {}
+        self.tried: dict[tuple[int, ...], float | None] = {}
+        """Choices of every trial, those that wait among them, in order; with the divergence where there is one."""
+        self._options = [{o.label: i for i, o in enumerate(knob.options)} for knob in menu.knobs]
+        for trial in self.study.get_trials(deepcopy=False):
+            labels = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+            if all(knob.name in labels for knob in menu.knobs):
+                chosen = tuple(own[labels[k.name]] for k, own in zip(menu.knobs, self._options, strict=True))
+                self._note(chosen, trial.values[0] if trial.state is TrialState.COMPLETE else None)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             plan = CompressionPlan.model_validate_json(trial.user_attrs[PLAN])
             self._known.setdefault(plan.structure_digest, trial)
@@ -109,8 +117,23 @@ class PlanStudy:
     def enqueue(self, seeds: Iterable[Sequence[int]]) -> None:
         """Puts plans at the head of the queue, once each."""
         for choices in seeds:
+            self._note(tuple(choices), None)
             labels = {k.name: k.options[c].label for k, c in zip(self.menu.knobs, choices, strict=True)}
             self.study.enqueue_trial(labels, skip_if_exists=True)
+
+    def _note(self, choices: tuple[int, ...], divergence: float | None) -> None:
+        if self.tried.get(choices) is None:
+            self.tried[choices] = divergence
+
+    @property
+    def evaluated(self) -> dict[tuple[int, ...], float]:
+        """Divergences by choices, in the order in which the choices were first made."""
+        return {choices: value for choices, value in self.tried.items() if value is not None}
+
+    @property
+    def waiting(self) -> int:
+        """Plans in the queue."""
+        return len(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
     @property
     def trials(self) -> int:
@@ -125,10 +148,11 @@ class PlanStudy:
     ) -> Scored | None:
         """Runs one trial; None where it broke a budget or failed."""
         trial = self.study.ask()
-        choices = []
-        for knob in self.menu.knobs:
-            labels = [option.label for option in knob.options]
-            choices.append(labels.index(trial.suggest_categorical(knob.name, labels)))
+        choices = tuple(
+            own[trial.suggest_categorical(knob.name, list(own))]
+            for knob, own in zip(self.menu.knobs, self._options, strict=True)
+        )
+        self._note(choices, None)
         plan = self.menu.plan(choices)
         trial.set_user_attr(PLAN, plan.model_dump_json())
         started = time.monotonic()
@@ -162,6 +186,7 @@ class PlanStudy:
         divergence = float(f"{result.divergence:.{DIGITS}g}")
         told = self.study.tell(trial, [divergence, *(costs[name] for name in self.costs)])
         self._known.setdefault(plan.structure_digest, told)
+        self._note(choices, divergence)
         return Scored(trial.number, plan, divergence, result.error, costs)
 
     def table(self) -> pd.DataFrame:
