@@ -125,6 +125,7 @@ class _Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        import_torchvision()  # transformers imports it, too, and would fail where this one does not
         from transformers import BertConfig, BertForSequenceClassification
 
         self.bert = BertForSequenceClassification(BertConfig(num_labels=2, vocab_size=WORDS))
@@ -334,8 +335,8 @@ def publish(rows: pd.DataFrame) -> None:
         "",
         "The ratio is our time over that of the better of theirs (static or dynamic), with its paired 95% interval;",
         "the floor is how far a second session of our own file lies from the first.  Signal-to-noise is that of the",
-        "outputs against torch's float export, on inputs that were not calibrated on.  Processors without VNNI saturate",
-        "sums of 8-bit products: there both keep weights to 7 bits (theirs by `reduce_range`).",
+        "outputs against torch's float export, on inputs that were not calibrated on.  Processors without VNNI",
+        "saturate sums of 8-bit products: there both keep weights to 7 bits (theirs by `reduce_range`).",
         "",
     ]
     for (cpu, threads), part in rows.groupby(["cpu", "threads"]):

@@ -85,13 +85,31 @@ class GraphModule(nn.Module):
         self.norms[layer.name.replace(".", "/")] = norm
 
     def forward(self, *inputs: torch.Tensor) -> Any:
-        values: dict[str, torch.Tensor] = {}
-        for name, value in zip(self.graph.inputs, inputs, strict=True):
-            values[name] = self.taps[name](value) if name in self.taps else value
-        for position, layer in enumerate(self.graph.layers):
-            self._run(layer, values)
+        values = self.enter(*inputs)
+        self.advance(values, 0, len(self.graph.layers))
+        return self.leave(values)
+
+    def enter(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The activations before the first layer, by name."""
+        named = zip(self.graph.inputs, inputs, strict=True)
+        return {name: self.taps[name](value) if name in self.taps else value for name, value in named}
+
+    def advance(self, values: dict[str, torch.Tensor], start: int, stop: int) -> None:
+        """Runs the layers at positions ``start`` to ``stop - 1``.
+
+        Args:
+            values: the activations that layers from ``start`` on read; changed to those that layers from ``stop`` on
+                read, so that another pass can begin there.
+            start: position in ``graph.layers``.
+            stop: the position after the last layer to run.
+        """
+        for position in range(start, stop):
+            self._run(self.graph.layers[position], values)
             for name in self._last_reader.get(position, ()):
                 values.pop(name, None)
+
+    def leave(self, values: Mapping[str, torch.Tensor]) -> Any:
+        """The model's outputs once every layer has run."""
         outputs = tuple(values[name] for name in self.graph.outputs)
         return outputs[0] if len(outputs) == 1 else outputs
 

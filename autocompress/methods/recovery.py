@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from autocompress.graph.executor import GraphModule, Tap
+from autocompress.methods.channel_correction import sharing
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.quantization import assign_ranges
-from autocompress.methods.rounding import DEAD_ROW, integer_range, round_to_nearest, row_scales, snap
-from autocompress.methods.simulation import activation_taps, build_compressed
+from autocompress.methods.rounding import DEAD_ROW, integer_range, round_to_nearest, row_scales
+from autocompress.methods.simulation import activation_taps
 from autocompress.methods.statistics import choose_range, collect, from_matrix, weight_matrix
 from autocompress.plan import CompressionPlan, Layer, LayerPlan, ModelGraph
 
@@ -33,7 +34,7 @@ def add_norms(module: GraphModule, batches: Batches, fresh: bool = False) -> Non
         for layer in graph.compressible
         if layer.op == "Conv"
         and len(graph.tensors[layer.inputs[1]].shape) == 4
-        and layer.name not in _shared(graph)
+        and layer.name not in sharing(graph)
         and layer.inputs[0] not in pooled
     ]
     statistics = None if fresh else collect(module, batches, seed=0, hessians=False)
@@ -50,11 +51,6 @@ def add_norms(module: GraphModule, batches: Batches, fresh: bool = False) -> Non
         module.set_norm(layer, norm.train(module.training))
         if len(layer.inputs) > 2:  # A bias in front of a norm has no effect.
             module.weight(layer.inputs[2]).requires_grad_(False)
-
-
-def _shared(graph: ModelGraph) -> set[str]:
-    """Layers whose weights are used more than once."""
-    return {name for layer in graph.layers if layer.shared_with for name in (layer.name, *layer.shared_with)}
 
 
 def _pooled(graph: ModelGraph) -> set[str]:
@@ -157,58 +153,3 @@ def quantize_aware(
                 final[layer.inputs[1]] = from_matrix(layer, rounded, weight.shape)
     final = {name: value.contiguous() for name, value in final.items()}
     return CompressedModel(graph=graph, weights=final, plan=plan, weight_scales=scales, ranges=ranges)
-
-
-def correct_statistics(
-    compressed: CompressedModel,
-    batches: Batches,
-    means: Mapping[str, torch.Tensor],
-    deviations: Mapping[str, torch.Tensor],
-) -> CompressedModel:
-    """Rescales each output channel to the mean and deviation it had in the original, layer after layer in one pass.
-
-    Pruning and rounding shrink activations a little at every layer, and the loss compounds with depth (REPAIR,
-    2211.08403).  Only biases and scales change, so weights stay on their grids.
-    """
-    module = build_compressed(compressed)
-    taps = dict(module.taps)
-    weights = dict(compressed.weights)
-    scales = dict(compressed.weight_scales)
-    shared = _shared(compressed.graph)
-    producers = {
-        layer.outputs[0]: layer
-        for layer in compressed.graph.compressible
-        if layer.op == "Conv" and layer.name in means and layer.name not in shared
-    }
-
-    def corrector(name: str, layer: Layer) -> Tap:
-        inner = taps.get(name)
-
-        def tap(value: torch.Tensor) -> torch.Tensor:
-            others = [axis for axis in range(value.dim()) if axis != 1]
-            mean = value.mean(dim=others)
-            deviation = (value.square().mean(dim=others) - mean.square()).clamp_min(0.0).sqrt()
-            gain = (deviations[layer.name] / deviation.clamp_min(1e-6)).clamp(0.5, 2.0)
-            gain = torch.where(deviation < 1e-6, torch.ones_like(gain), gain)
-            shift = means[layer.name] - mean * gain
-            weight = weights[layer.inputs[1]]
-            weight = weight * gain.reshape(-1, *(1,) * (weight.dim() - 1))
-            if layer.name in scales:
-                scales[layer.name] = scales[layer.name] * gain
-                weight = from_matrix(layer, snap(weight_matrix(layer, weight), scales[layer.name]), weight.shape)
-            weights[layer.inputs[1]] = weight
-            if len(layer.inputs) > 2:
-                weights[layer.inputs[2]] = weights[layer.inputs[2]] * gain + shift
-            places = (1, -1, *(1,) * (value.dim() - 2))
-            value = value * gain.reshape(places) + shift.reshape(places)
-            return inner(value) if inner else value
-
-        return tap
-
-    for name, layer in producers.items():
-        module.taps[name] = corrector(name, layer)
-    with torch.no_grad():
-        for inputs in batches:
-            module(*inputs)
-            break
-    return CompressedModel(compressed.graph, weights, compressed.plan, scales, compressed.ranges)

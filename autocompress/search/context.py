@@ -21,7 +21,7 @@ from autocompress.search.deliver import ORIGINAL, Delivery
 from autocompress.search.evaluate import StitchedEvaluator
 from autocompress.search.feedback import Feedback
 from autocompress.search.files import Clock
-from autocompress.search.gains import Gains
+from autocompress.search.gains import WIDEST_DROP, Gains
 from autocompress.search.menu import Menu
 from autocompress.search.study import Scored
 from autocompress.search.target import searched_costs
@@ -105,6 +105,11 @@ class Context:
         objectives = self.config.objectives
         axes = tuple(name for name in objectives if name != "error")
         return Gains(axes, "error" in objectives, self.reference, self.delivery.limits.get("drop"))
+
+    @property
+    def widest_drop(self) -> float:
+        """Points of quality at which a candidate is worth nothing in this run."""
+        return min(self.delivery.limits.get("drop", WIDEST_DROP), WIDEST_DROP) or 1.0
 
     def note_time(self) -> None:
         """Tells the progress how much time is left."""

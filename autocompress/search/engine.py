@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from torch import nn
 
 from autocompress.config import RunConfig
@@ -37,11 +36,13 @@ from autocompress.search.files import Clock, read_json, write_text
 from autocompress.search.gains import Outcome
 from autocompress.search.legs import mark_done
 from autocompress.search.menu import Menu, complete, format_of
+from autocompress.search.prefix import PrefixJudge
 from autocompress.search.pricing import ChoicePricer
+from autocompress.search.proposing import make_proposals
 from autocompress.search.pruning import prune
 from autocompress.search.repair import Repair
 from autocompress.search.samplers import make_sampler
-from autocompress.search.seeds import FORMATS, Sensitivity, dp_front, measure_sensitivity, uniform_seeds
+from autocompress.search.seeds import FORMATS, Sensitivity, base_options, measure_sensitivity, uniform_seeds
 from autocompress.search.stages import Stages
 from autocompress.search.study import PlanStudy, Scored, sampler_settings
 from autocompress.search.target import (
@@ -67,6 +68,11 @@ PREDICTION_MARGIN = 1.06
 """Predictions err by a few percent: plans are held to a little less than a latency budget."""
 
 TIMING_OVERHEAD_S, LEAST_MEASURE_S = 0.2, 0.2
+SAMPLER_TURN = 2
+"""Every so many trials, once the seeds are evaluated, Optuna's sampler chooses; else the expected gain does."""
+
+SEED_SHARES = (1.0, 0.5)
+"""Widths of the uniform plans that are evaluated whatever they promise; others are in the first pool of proposals."""
 
 STITCHED_DELIVERED = 5
 NOTED_EVERY = 20
@@ -246,24 +252,34 @@ class Engine:
     # --------------------------------------------------------------------------------------------------- search
 
     def _search(self, context: Context) -> list[Scored]:
-        """Optuna over stitched candidates, from the seeds on; gives every distinct plan that was evaluated."""
+        """Optuna over stitched candidates, from the seeds on; gives every distinct plan that was evaluated.
+
+        Its own sampler takes turns with plans proposed by expected gain, which are enqueued in the same study.
+        """
         costs = context.costs
         repair, sampler = self._repair(context), self.config.sampler
         study = PlanStudy(
             context.storage, context.menu, costs, context.hard, self.config.seed, sampler=sampler, repair=repair
         )
         if not self._searched():
+            proposals = make_proposals(context, self._sensitivity(context))
             if study.trials == 0:
                 known = known_elsewhere(study, context.storage, self.run, self.config.seed, context.original.skeleton)
                 study.enqueue(item.choices for item in best_of(known, costs))
-                self._enqueue_seeds(context, study, costs)
+                study.enqueue(uniform_seeds(context.menu, SEED_SHARES))
                 study.adopt(known)
             note_study(self.run, study.name, self.config.seed)
             total = None if self.config.trials is None else self.config.trials + study.adopted
             limited = math.isfinite(self.clock.left)
             deadline = self.clock.spent + SEARCH_SHARE * self.clock.left if limited else math.inf
             self.progress.stage("search", total)
+            batch: list[tuple[int, ...]] = []
             while (total is None or study.trials < total) and self.clock.spent < deadline and not study.exhausted:
+                if not study.waiting and study.trials % SAMPLER_TURN:
+                    # What the sampler came upon meanwhile is not evaluated again.
+                    batch = [choices for choices in batch if choices not in study.tried]
+                    batch = batch or proposals.batch(study.evaluated, study.tried)
+                    study.enqueue(batch[:1])
                 study.step(lambda plan: prices(context.original.skeleton, plan), context.evaluator)
                 self.progress.advance()
                 if study.trials % NOTED_EVERY == 0:
@@ -284,16 +300,6 @@ class Engine:
         leg = done["leg"] if isinstance(done, dict) else 1
         return done is not None and bool(leg >= self.clock.leg)
 
-    def _enqueue_seeds(self, context: Context, study: PlanStudy, costs: tuple[str, ...]) -> None:
-        sensitivity = self._sensitivity(context)
-        study.enqueue(uniform_seeds(context.menu))
-        for name in costs:
-
-            def price(plans: Sequence[CompressionPlan], name: str = name) -> npt.NDArray[np.float64]:
-                return np.asarray(getattr(context.original.skeleton.price(plans), name), dtype=float)
-
-            study.enqueue(dp_front(context.menu, sensitivity, price))
-
     def _repair(self, context: Context) -> Repair | None:
         """What makes plans over budget into others that keep it; None where there are no budgets."""
         if not context.hard:
@@ -308,7 +314,8 @@ class Engine:
         # By label: a run may have started from one whose menu held other options.
         if isinstance(stored, dict) and all(set(own) <= stored.get(name, {}).keys() for name, own in labels.items()):
             return Sensitivity(tuple(np.array([stored[name][label] for label in own]) for name, own in labels.items()))
-        found = measure_sensitivity(context.menu, context.evaluator.quick_or_worst, self.progress)
+        base = context.menu.plan_of(base_options(context.menu))
+        found = measure_sensitivity(context.menu, PrefixJudge(context.evaluator, base).judge, self.progress)
         rows = zip(labels.items(), found.divergence, strict=True)
         write_text(path, json.dumps({name: dict(zip(own, row.tolist(), strict=True)) for (name, own), row in rows}))
         return found

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from autocompress.graph.executor import GraphModule
+from autocompress.methods.channel_correction import StatisticsCorrection
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.database import LayerDatabase
-from autocompress.methods.recovery import correct_statistics
 from autocompress.methods.simulation import build_compressed
 from autocompress.plan import CompressionPlan
-from autocompress.search.failures import is_expected, reason_of
 from autocompress.tasks.base import Task
 from autocompress.tasks.splits import TensorSplit
 
@@ -56,19 +55,25 @@ class StitchedEvaluator:
         validation = task.split("validation")
         chosen = torch.randperm(len(validation), generator=torch.Generator().manual_seed(seed))[:RANKING_SAMPLES]
         self._samples: TensorSplit = validation.take(chosen)
-        self._correction = task.split("calibration").batch(slice(0, CORRECTION_SAMPLES)).inputs[0]
+        self.correction_inputs = task.split("calibration").batch(slice(0, CORRECTION_SAMPLES)).inputs[0]
         self._score = task.score
         self._teacher = F.log_softmax(self._run(dense), dim=-1)
         self._seen: dict[str, Stitched] = {}
 
     def build(self, plan: CompressionPlan) -> CompressedModel:
         """The candidate: stitched, then its channel statistics corrected."""
-        compressed = self.database.stitch(plan)
+        correction = self.correction(plan)
+        with torch.no_grad():
+            correction.module(self.correction_inputs)
+        return correction.result()
+
+    def correction(self, plan: CompressionPlan) -> StatisticsCorrection:
+        """The candidate as stitched, its correction still to be done by a pass over ``correction_inputs``."""
         statistics = self.database.statistics
         rows = self.database.kept_outputs(plan)
         means = {name: value[rows[name]] for name, value in statistics.means.items() if name in rows}
         deviations = {name: value[rows[name]] for name, value in statistics.deviations.items() if name in rows}
-        return correct_statistics(compressed, [(self._correction,)], means, deviations)
+        return StatisticsCorrection(self.database.stitch(plan), means, deviations)
 
     def __call__(self, plan: CompressionPlan) -> Stitched:
         key = plan.structure_digest
@@ -80,26 +85,26 @@ class StitchedEvaluator:
         """Any module with the original's inputs and outputs, on all ranking samples."""
         outputs = self._run(module)
         score = self._score(outputs, self._samples.targets)
-        return Stitched(self._divergence(outputs), 1.0 - float(score.float().mean()))
+        return Stitched(self.divergence(outputs), 1.0 - float(score.float().mean()))
 
     def divergence_of(self, module: GraphModule) -> float:
         """The divergence of any module with the original's inputs and outputs, on the quick samples."""
-        return self._divergence(self._run(module, QUICK_SAMPLES))
+        return self.divergence(self._run(module, QUICK_SAMPLES))
 
     def quick(self, plan: CompressionPlan) -> float:
         """The divergence on a quarter of the samples: enough to tell which single change hurts."""
         return self.divergence_of(build_compressed(self.build(plan)))
 
-    def quick_or_worst(self, plan: CompressionPlan) -> float:
-        """The same; a plan that cannot be built or run counts as the worst there is, and the log says why."""
-        try:
-            return self.quick(plan)
-        except Exception as error:
-            logger.warning("a sensitivity is unknown: %s", reason_of(error), exc_info=not is_expected(error))
-            return WORST
+    @property
+    def quick_inputs(self) -> torch.Tensor:
+        """The quick samples, ``[n, ...]``."""
+        return self._samples.batch(slice(0, QUICK_SAMPLES)).inputs[0]
 
-    def _divergence(self, outputs: torch.Tensor) -> float:
-        """Mean KL(original || candidate); a model driven to infinities is as bad as can be, not unknown."""
+    def divergence(self, outputs: torch.Tensor) -> float:
+        """Mean KL(original || candidate) of outputs on the first ranking samples, in nats.
+
+        A model driven to infinities is as bad as can be, not unknown.
+        """
         teacher = self._teacher[: len(outputs)]
         divergence = F.kl_div(F.log_softmax(outputs, -1), teacher, reduction="none", log_target=True)
         return min(float(divergence.flatten(1).sum(1).nan_to_num(WORST, posinf=WORST).mean()), WORST)

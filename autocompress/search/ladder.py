@@ -66,11 +66,22 @@ def box(drop: float, costs: Mapping[str, float], reference: Mapping[str, float],
         reference: the original's costs.
         span: the drop in points that is worth nothing.
     """
-    gains = [
-        min(math.log2(max(reference[name], 1e-12) / max(cost, 1e-12)) / span_of(name), 1.0)
-        for name, cost in costs.items()
-    ]
-    return [max(0.0, drop) * 100.0 / span, *(1.0 - gain for gain in gains)]
+    axes = cost_axes(np.array([list(costs.values())]), list(costs), reference)[0]
+    return [max(0.0, drop) * 100.0 / span, *axes.tolist()]
+
+
+def cost_axes(costs: np.ndarray, names: Sequence[str], reference: Mapping[str, float]) -> np.ndarray:
+    """The axes of ``box`` behind the drop's.
+
+    Args:
+        costs: ``[points, names]``.
+        names: of the columns.
+        reference: the original's costs.
+    """
+    spans = np.array([span_of(name) for name in names])
+    whole = np.array([max(reference[name], 1e-12) for name in names])
+    gains = np.log2(whole / np.maximum(costs, 1e-12)) / spans
+    return np.asarray(1.0 - np.minimum(gains, 1.0))
 
 
 def best_gain(present: Sequence[Sequence[float]], candidates: Sequence[Sequence[float]]) -> tuple[int, float]:

@@ -60,6 +60,28 @@ class ChoicePricer:
         return found
 
 
+class NamedPrices:
+    """The same as a table of some costs.
+
+    Args:
+        menu: the knobs.
+        skeleton: of the menu's graph.
+        names: the costs wanted, in order.
+    """
+
+    def __init__(self, menu: Menu, skeleton: Skeleton, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._pricer = ChoicePricer(menu, skeleton)
+
+    def __call__(self, choices: npt.ArrayLike) -> Floats:
+        """Costs ``[plans, names]`` of choices ``[plans, knobs]``."""
+        chosen = np.asarray(choices, dtype=np.int64)
+        if not len(chosen):
+            return np.zeros((0, len(self.names)))
+        costs = self._pricer(chosen)
+        return np.stack([np.asarray(costs[name], dtype=np.float64) for name in self.names], axis=1)
+
+
 def neighbours(choices: Choices, sizes: Sequence[int]) -> Ints:
     """Every choice that differs in one knob, a row each, knob by knob.
 

@@ -140,6 +140,14 @@ class PlanStudy:
             if choices and RETRY_OF not in trial.user_attrs:
                 self.study.enqueue_trial(choices, user_attrs={RETRY_OF: trial.number})
         self._known: dict[str, FrozenTrial] = {}
+        self.tried: dict[tuple[int, ...], float | None] = {}
+        """Choices of every trial, those that wait among them, in order; with the divergence where there is one."""
+        self._options = [{o.label: i for i, o in enumerate(knob.options)} for knob in menu.knobs]
+        for trial in self.study.get_trials(deepcopy=False):
+            labels = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+            if all(knob.name in labels for knob in menu.knobs):
+                chosen = tuple(own[labels[k.name]] for k, own in zip(menu.knobs, self._options, strict=True))
+                self._note(chosen, trial.values[0] if trial.state is TrialState.COMPLETE else None)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             plan = CompressionPlan.model_validate_json(trial.user_attrs[PLAN])
             self._known.setdefault(plan.structure_digest, trial)
@@ -154,6 +162,7 @@ class PlanStudy:
         for seed in seeds:
             drawn = tuple(int(choice) for choice in seed)
             choices = self.proposer.within(drawn)
+            self._note(choices, None)
             attributes = {REPAIRED: self._differing(drawn, choices)} if choices != drawn else None
             self.study.enqueue_trial(self.proposer.labels(choices), attributes, skip_if_exists=True)
 
@@ -162,7 +171,7 @@ class PlanStudy:
         """Whether every plan of the menu was tried, or nothing new was found for long; what is queued goes before."""
         if len(self.proposer.seen) < self.proposer.plans and self._repeats < MOST_REPEATS:
             return False
-        return not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return not self.waiting
 
     def adopt(self, known: Iterable[Adopted]) -> None:
         """Takes over plans that another study evaluated: they are not evaluated again, and count as candidates."""
@@ -179,6 +188,7 @@ class PlanStudy:
             )
             self.study.add_trial(trial)
             self.proposer.seen.add(tuple(item.choices))
+            self._note(tuple(item.choices), item.divergence)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             plan = CompressionPlan.model_validate_json(trial.user_attrs[PLAN])
             self._known.setdefault(plan.structure_digest, trial)
@@ -187,6 +197,20 @@ class PlanStudy:
     def adopted(self) -> int:
         """Trials that were taken over from another study."""
         return sum(ADOPTED in trial.user_attrs for trial in self.study.get_trials(deepcopy=False))
+
+    def _note(self, choices: tuple[int, ...], divergence: float | None) -> None:
+        if self.tried.get(choices) is None:
+            self.tried[choices] = divergence
+
+    @property
+    def evaluated(self) -> dict[tuple[int, ...], float]:
+        """Divergences by choices, in the order in which the choices were first made."""
+        return {choices: value for choices, value in self.tried.items() if value is not None}
+
+    @property
+    def waiting(self) -> int:
+        """Plans in the queue."""
+        return len(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
     @property
     def trials(self) -> int:
@@ -201,6 +225,7 @@ class PlanStudy:
         """Runs one trial; None where it broke a budget or failed."""
         trial = self.study.ask()
         choices = self._chosen(trial)
+        self._note(choices, None)
         plan = self.menu.plan(choices)
         trial.set_user_attr(PLAN, plan.model_dump_json())
         started = time.monotonic()
@@ -237,6 +262,7 @@ class PlanStudy:
         divergence = float(f"{result.divergence:.{DIGITS}g}")
         told = self.study.tell(trial, [divergence, *(costs[name] for name in self.costs)])
         self._known.setdefault(plan.structure_digest, told)
+        self._note(choices, divergence)
         return Scored(trial.number, plan, divergence, result.error, costs)
 
     def _chosen(self, trial: optuna.Trial) -> Choices:

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from autocompress.graph.executor import GraphModule, build_module
+from autocompress.methods.channel_correction import correct_statistics
 from autocompress.methods.compressed import CompressedModel
-from autocompress.methods.recovery import add_norms, correct_statistics, fold_norms, quantize_aware, storage_bits
+from autocompress.methods.recovery import add_norms, fold_norms, quantize_aware, storage_bits
 from autocompress.methods.rounding import integer_range
 from autocompress.methods.simulation import build_compressed
 from autocompress.methods.statistics import collect

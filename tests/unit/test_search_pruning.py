@@ -178,7 +178,9 @@ def test_a_pruned_menu_is_searched_like_any_other() -> None:
     rest = [option for option in knob.options if option.keep == 24 or option.format.compute == "int8"]
     small = menu.reduced({knob.name: rest[1:]}, {knob.name: "for a test"})
     assert small.digest != menu.digest
-    table = measure_sensitivity(small, lambda plan: float(plan.groups["block.conv1"]), SilentProgress())
+    table = measure_sensitivity(
+        small, lambda plans: ((i, float(p.groups["block.conv1"])) for i, p in enumerate(plans)), SilentProgress()
+    )
     assert [len(row) for row in table.divergence] == [len(k.options) for k in small.knobs]
     assert np.isfinite(np.concatenate(table.divergence)).all()
     assert small.plan(small.uniform(0.5, "fp32", 32)).groups["block.conv1"] == 12

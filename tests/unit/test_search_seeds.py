@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autocompress.pareto import dominates
 from autocompress.plan import CompressionPlan
 from autocompress.progress import SilentProgress
 from autocompress.search.menu import format_of
-from autocompress.search.seeds import BINS, FORMATS, Sensitivity, dp_front, knapsack, measure_sensitivity, uniform_seeds
+from autocompress.search.pricing import ChoicePricer
+from autocompress.search.seeds import (
+    BINS,
+    FORMATS,
+    Sensitivity,
+    dp_front,
+    dp_surface,
+    knapsack,
+    measure_sensitivity,
+    uniform_seeds,
+)
 from tests.fixtures.search import make_menu, make_skeleton
 
 MENU = make_menu()
@@ -81,9 +92,10 @@ def divergence(plan: CompressionPlan) -> float:
 def test_sensitivity_of_losses_that_add_up_is_the_loss() -> None:
     judged: list[CompressionPlan] = []
 
-    def judge(plan: CompressionPlan) -> float:
-        judged.append(plan)
-        return divergence(plan)
+    def judge(plans: Sequence[CompressionPlan]) -> Iterator[tuple[int, float]]:
+        judged.extend(plans)
+        # In any order: what begins to differ last may be judged first.
+        return reversed([(index, divergence(plan)) for index, plan in enumerate(plans)])
 
     found = measure_sensitivity(MENU, judge, SilentProgress())
     assert [len(row) for row in found.divergence] == [len(knob.options) for knob in MENU.knobs]
@@ -101,22 +113,22 @@ def test_sensitivity_of_losses_that_add_up_is_the_loss() -> None:
 
 @pytest.fixture(scope="module")
 def sensitivity() -> Sensitivity:
-    return measure_sensitivity(MENU, divergence, SilentProgress())
+    return measure_sensitivity(MENU, lambda plans: enumerate(map(divergence, plans)), SilentProgress())
 
 
 @pytest.mark.parametrize("resource", ["latency_ms", "size_bytes", "macs"])
 def test_the_front_by_dynamic_programming_runs_from_cheap_to_dear(sensitivity: Sensitivity, resource: str) -> None:
     skeleton = make_skeleton()
 
-    def price(plans: Sequence[CompressionPlan]) -> np.ndarray:
-        return np.asarray(getattr(skeleton.price(plans), resource), dtype=float)
+    def price(choices: np.ndarray) -> np.ndarray:
+        return np.asarray(getattr(skeleton.price([MENU.plan(row) for row in choices]), resource), dtype=float)
 
     found = dp_front(MENU, sensitivity, price)
     assert len(found) >= 6
     assert len(set(found)) == len(found)
     for choices in found:
         assert all(0 <= choice < len(knob.options) for choice, knob in zip(choices, MENU.knobs, strict=True))
-    costs = price([MENU.plan(choices) for choices in found])
+    costs = price(np.array(found))
     losses = [sensitivity.estimate(choices) for choices in found]
     assert losses == sorted(losses, reverse=True)
     # Conversions between number formats make a latency anything but additive.
@@ -132,3 +144,20 @@ def test_uniform_seeds_begin_with_dense_and_int8() -> None:
     whole = {group.id: group.size for group in MENU.graph.groups}
     formats = [set(MENU.plan(choices).layers.values()) for choices in seeds if MENU.plan(choices).groups == whole]
     assert {(*found,) for found in formats} >= {(format_of(*form),) for form in FORMATS}
+
+
+def test_seeds_for_two_resources_hold_those_for_each_and_some_between(sensitivity: Sensitivity) -> None:
+    skeleton = make_skeleton()
+    names = ("macs", "size_bytes")
+    price = ChoicePricer(MENU, skeleton, names)
+    found = dp_surface(MENU, sensitivity, price)
+    assert len(found) == len(set(found))
+    alone = [set(dp_front(MENU, sensitivity, lambda c, i=i: price(c)[:, i])) for i in range(2)]  # type: ignore[misc]
+    assert alone[0] | alone[1] <= set(found)
+    between = set(found) - alone[0] - alone[1]
+    assert len(between) >= 4
+    # Some of them are beaten by no seed of one resource: in loss and both costs at once.
+    losses = {c: [sensitivity.estimate(c), *price([c])[0]] for c in found}
+    others = [losses[c] for c in alone[0] | alone[1]]
+    free = [c for c in between if not any(dominates(o, losses[c]) for o in others)]
+    assert len(free) >= 3
