@@ -123,8 +123,9 @@ class ElasticWeights:
         kept = {name: self.orders[name][:count].sort().values for name, count in plan.groups.items()}
         graph = drop_blocks(rewrite(self.graph, plan.groups), dropped)
         slices = slices_of(self.graph, kept)
-        stored = {name: take(self.module.weight(name).detach(), slices.get(name, [])) for name in graph.weight_names()}
-        module = GraphModule(graph, stored)
+        module = GraphModule(
+            graph, {name: _shape_of(self.module.weight(name), graph, name) for name in graph.weight_names()}
+        )
         sources = {}
         whole_names, own_names = _names(self.module), _names(module)
         for name in graph.weight_names():
@@ -184,7 +185,8 @@ def train_elastic(
     mixed = False
     if mixed_precision:
         sample = next(data.batches(batch_size, torch.Generator().manual_seed(0)))[0]
-        mixed = mixed_precision_pays(elastic._part(draw(torch.Generator().manual_seed(0))).module, sample)
+        some = GraphModule(*elastic.cut(draw(torch.Generator().manual_seed(0))))
+        mixed = mixed_precision_pays(some, sample)
     started = time.monotonic()
     taken = 0
     for inputs, targets, logits, _ in data.batches(batch_size, generator):
@@ -207,6 +209,13 @@ def train_elastic(
         if progress is not None:
             progress.advance()
     return taken
+
+
+def _shape_of(whole: torch.Tensor, graph: ModelGraph, name: str) -> torch.Tensor:
+    """What stands for a part's own tensor, which is taken from the whole at every run; single numbers are kept."""
+    if whole.numel() <= 1:
+        return whole.detach()
+    return torch.empty(graph.tensors[name].shape, dtype=whole.dtype, device="meta")
 
 
 def _names(module: GraphModule) -> dict[str, str]:

@@ -18,7 +18,7 @@ from autocompress.methods.rounding import FINE_BITS
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Original, Recipe, Student
 from autocompress.search.bases import Base, build_student, student_specs
 from autocompress.search.context import Context, name_of, priced, prices
-from autocompress.search.elastic import ElasticStage, Judged, Structures
+from autocompress.search.elastic import ElasticStage, Judged, Structures, shared_weights_of
 from autocompress.search.failures import reason_of
 from autocompress.search.gains import Outcome
 from autocompress.search.ladder import RecipeStudy, RecoveryForecast, without_labels
@@ -229,10 +229,10 @@ class Climber:
         blocks = sorted((block.name for block in find_blocks(context.original.graph)), key=self._harm)
         structures = Structures(context, blocks, self._base)
         seconds = ELASTIC_SHARE * self._available() if context.timed else None
-        stage = ElasticStage(context, structures, taught, self.trainer.batch_size, not context.timed)
-        long_enough = seconds is None or seconds >= ELASTIC_LEAST_S or stage.trained
-        if not long_enough or not (structures.options or blocks):
+        worth_it = seconds is None or seconds >= ELASTIC_LEAST_S or shared_weights_of(context.run).is_file()
+        if not worth_it or not (structures.options or blocks):
             return
+        stage = ElasticStage(context, structures, taught, self.trainer.batch_size, not context.timed)
         try:
             with context.delivery.stages.of("shared weights"):
                 context.progress.stage("shared weights")

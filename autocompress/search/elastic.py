@@ -42,6 +42,11 @@ CHECKED = 3
 Bases = Callable[[Original | Student], Base | None]
 
 
+def shared_weights_of(run: Path) -> Path:
+    """Where a run keeps its shared weights, once they are trained."""
+    return run / ".work" / "elastic.safetensors"
+
+
 @dataclass(frozen=True)
 class Judged:
     """A structure with the quality of what is cut out for it, and its least predicted cost of each kind."""
@@ -147,7 +152,7 @@ class ElasticStage:
         inputs = context.task.split("calibration").inputs
         batches = [(inputs[i : i + 128],) for i in range(0, len(inputs), 128)]
         self.weights = ElasticWeights(context.original.graph, database.weights, database.orders, batches)
-        self._path: Path = context.run / ".work" / "elastic.safetensors"
+        self._path = shared_weights_of(context.run)
         self._judged: dict[str, Stitched] = {}
 
     @property
