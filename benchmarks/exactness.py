@@ -80,12 +80,14 @@ def _share(hits: torch.Tensor) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(MODELS), help="by default both")
     parser.add_argument("--work", type=Path, default=FOLDER / ".work")
-    work = parser.parse_args().work
+    given = parser.parse_args()
+    work = given.work
     work.mkdir(parents=True, exist_ok=True)
     rows = []
     with showing_progress(quiet=False) as progress:
-        tasks = {name: load_task("fashion-mnist", name, progress=progress) for name in MODELS}
+        tasks = {name: load_task("fashion-mnist", name, progress=progress) for name in given.models}
     for name, task in tasks.items():
         rows += rows_of(task, name, work)
     table = pd.DataFrame(rows)

@@ -235,7 +235,7 @@ def signal_to_noise(name: str, work: Path) -> dict[str, float]:
     return found
 
 
-def time_in_turn(name: str, work: Path, threads: int) -> dict[str, np.ndarray]:
+def time_in_turn(name: str, work: Path, threads: int, most: int) -> dict[str, np.ndarray]:
     """Window medians in milliseconds of each file, round by round; ``again`` is a second session of our file."""
     files = {**{kind: work / f"{kind}.onnx" for kind in KINDS}, "again": work / "ours.onnx"}
     inputs = SUBJECTS[name].samples(1, 4)
@@ -256,10 +256,12 @@ def time_in_turn(name: str, work: Path, threads: int) -> dict[str, np.ndarray]:
         del runs["dynamic"], once["dynamic"]
     else:
         slow = []
-    rounds = int(SECONDS_EACH / (sum(max(WINDOW_S, 2 * each) for each in once.values()) / len(once)))
+    rounds = int(
+        SECONDS_EACH * most / MOST_ROUNDS / (sum(max(WINDOW_S, 2 * each) for each in once.values()) / len(once))
+    )
     order = list(runs)
     taken: dict[str, list[float]] = {kind: [] for kind in order}
-    for turn in range(min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS)):
+    for turn in range(min(max(rounds, LEAST_ROUNDS), most)):
         for kind in order[turn % len(order) :] + order[: turn % len(order)]:
             taken[kind].append(_window(runs[kind], threads))
     return {kind: np.array(values) for kind, values in {**taken, **({"dynamic": slow} if slow else {})}.items()}
@@ -292,9 +294,9 @@ def islands(path: Path) -> str:
     return " ".join(f"{op}:{count}" for op, count in sorted(found.items())) or "none"
 
 
-def measure(name: str, work: Path, threads: int, noise: dict[str, float]) -> dict[str, Any]:
+def measure(name: str, work: Path, threads: int, noise: dict[str, float], most: int) -> dict[str, Any]:
     """One row of the table."""
-    taken = time_in_turn(name, work, threads)
+    taken = time_in_turn(name, work, threads, most)
     best = min(("static", "dynamic"), key=lambda kind: float(np.median(taken[kind])))
     middle, low, high = ratio(taken["ours"], taken[best])
     floor = ratio(taken["again"], taken["ours"])
@@ -398,6 +400,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(SUBJECTS), help="by default all")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--work", type=Path, default=FOLDER / ".work", help="where the files are kept; made once")
+    parser.add_argument("--rounds", type=int, default=MOST_ROUNDS, help="the most windows of each file")
     parser.add_argument("--build-only", action="store_true", help="write the files, time nothing")
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -413,7 +416,7 @@ def main() -> None:
             continue
         noise = signal_to_noise(name, work)
         for threads in options.threads:
-            row = measure(name, work, threads, noise)
+            row = measure(name, work, threads, noise, options.rounds)
             print(
                 f"{name} at {threads}: ratio {row['ratio']} ({row['ratio_low']}-{row['ratio_high']}), dB {noise}",
                 flush=True,
