@@ -1,12 +1,13 @@
 """What a plan's divergence will be, from single swaps and from the plans that were evaluated so far.
 
 Three parts, each drawn to the one before as long as little is known.  (1) A power mean of the swaps' divergences: sums
-fall short where several changes meet, and 0.8 as the power ranked random stitches better than 1 on every model tried.
+fall short where several changes meet, and a power of 0.8 followed true divergences a little better than 1 on the two
+networks tried.
 (2) A monotone curve from that mean to true divergences: they rise above it up to about 1 nat and saturate beyond.
 (3) A Gaussian process over the swaps' logarithms: what is left is alike for plans that hurt the same knobs.
 
-Interactions of neighbouring knobs measured by joint swaps (CLADO, 2307.05657) were tried and left out: on random
-stitches they ranked no better than the power mean, and the process learns them from plans that are evaluated anyway
+Interactions of neighbouring knobs measured by joint swaps (CLADO, 2307.05657) were tried and left out: they had no
+consistent effect on random stitches, and the process learns from plans that are evaluated anyway
 (``benchmarks/estimate.py``).
 """
 
