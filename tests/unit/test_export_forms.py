@@ -144,7 +144,7 @@ class Encoder(nn.Module):
         return self.head(mixed.mean(1))
 
 
-def encoder(compute: Compute = "int8", bits: int = 8) -> tuple[CompressedModel, torch.Tensor]:
+def encoder(compute: Compute = "int8", bits: int = int8_weight_bits()) -> tuple[CompressedModel, torch.Tensor]:
     torch.manual_seed(0)
     ids = torch.randint(50, (16, 12))
     return quantized(Encoder(), ids, compute, bits), ids

@@ -21,7 +21,7 @@ INT4 = LayerPlan(compute="int8", storage=NumFormat(bits=4))
 @pytest.fixture(autouse=True)
 def processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that adds products of 8 bits exactly, wherever the tests run."""
-    monkeypatch.setattr(options, "needs_reduced_range", lambda: False)
+    monkeypatch.setattr(options, "int8_weight_bits", lambda: 8)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def layers(graph: ModelGraph, **options: Any) -> dict[str, LayerPlan]:
 def test_weights_keep_to_seven_bits_where_the_processor_would_saturate(
     graph: ModelGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(options, "needs_reduced_range", lambda: True)
+    monkeypatch.setattr(options, "int8_weight_bits", lambda: 7)
     assert layers(graph)["stem"] == LayerPlan(compute="int8", storage=NumFormat(bits=7))
     assert layers(graph, weight_bits=8)["stem"] == INT8
     assert layers(graph, compute="fp32", weight_bits=8)["stem"] == LayerPlan(storage=NumFormat(bits=8))
