@@ -19,6 +19,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -209,7 +210,7 @@ class Rival(Engine):
                 recovered, plan, steps=round(FORMAT_STEPS * self.steps), seconds=None, progress=SilentProgress()
             )
         name = name_of(plan)
-        if not self.delivery.add(name, compressed, self._base(depth).skeleton.estimate(priced(plan))):
+        if not self.delivery.add(name, lambda: compressed, self._base(depth).skeleton.estimate(priced(plan))):
             return None
         self.delivery.measure([name], MEASURE_S)
         point = self.delivery.points[name]
@@ -229,10 +230,11 @@ class Rival(Engine):
             for made in plans:
                 recipe = recovered.recipe.model_copy(update={"steps": recovered.steps})
                 made = made.model_copy(update={"recipe": recipe, "base": Original()})
-                compressed = self.trainer.to_formats(
-                    recovered, made, steps=10**9, seconds=0.2 * share / low, progress=SilentProgress()
-                )
-                if self.delivery.add(name_of(made), compressed, original.skeleton.estimate(made)):
+                make = partial(
+                    self.trainer.to_formats,
+                    recovered, made, steps=10**9, seconds=0.2 * share / low, progress=SilentProgress(),
+                )  # fmt: skip
+                if self.delivery.add(name_of(made), make, original.skeleton.estimate(made)):
                     self.delivery.measure([name_of(made)], MEASURE_S)
                 self.trials += 1
             self._publish("running")

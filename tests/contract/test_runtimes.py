@@ -213,7 +213,7 @@ def test_models_are_delivered_in_it(name: str, tmp_path: Path) -> None:
     )
     target = Target(hardware="local", runtime=name, version=load_runtime(name).version())
     delivery = Delivery(tmp_path, cast(Task, task), target, ("error", "latency_ms"), {}, seed=0)
-    assert delivery.add(ORIGINAL, compressed, None)
+    assert delivery.add(ORIGINAL, lambda: compressed, None)
     delivery.measure([], seconds_each=0.1)
     point = delivery.points[ORIGINAL]
     artifact = tmp_path / ".work" / "models" / ORIGINAL / "model.onnx"

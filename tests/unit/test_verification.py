@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def delivered(tmp_path_factory: pytest.TempPathFactory, task: Task) -> Path:
         (UNIFORM_INT8, dict.fromkeys(names, int8)),
         ("p1", dict.fromkeys(names, LayerPlan(storage=INT8_WEIGHT))),
     ):
-        assert delivery.add(name, compress(GRAPH, WEIGHTS, layers), None)
+        assert delivery.add(name, partial(compress, GRAPH, WEIGHTS, layers), None)
     delivery.measure([UNIFORM_INT8, "p1"], 0.05)
     delivery.publish("complete", 1, 1.0, {})
     api._write_manifest(run)
