@@ -48,13 +48,10 @@ STUDENT_SHARE = 0.6
 FRESH_MIN_S = 25.0
 PROMOTED = 3
 ELASTIC_SHARE, ELASTIC_LEAST_S = 0.2, 15.0
-"""Share of recovery that trains shared weights, and the seconds below which they are not worth it."""
+"""Share of recovery that trains shared weights, and the seconds below which (and without a time budget) none are."""
 
 JUDGING_SHARE, MOST_JUDGED = 0.3, 300
 """Time for judging structures by shared weights, relative to training them, and how many at most."""
-
-STEPS_SHARED, JUDGED = 60, 40
-"""Without a time budget: steps that train shared weights, and structures judged by them."""
 
 STEPS_FIRST, STEPS_SECOND, STEPS_FORMATS, STRUCTURES = 150, 300, 60, 4
 """Without a time budget: steps at each rung, with formats simulated, and how many structures enter."""
@@ -226,21 +223,22 @@ class Climber:
     def _share_weights(self, taught: TeacherData) -> None:
         """Trains weights that all structures share and judges many by them, where there is time and it pays."""
         context = self.context
+        if not context.timed:
+            return
         blocks = sorted((block.name for block in find_blocks(context.original.graph)), key=self._harm)
         structures = Structures(context, blocks, self._base)
-        seconds = ELASTIC_SHARE * self._available() if context.timed else None
-        worth_it = seconds is None or seconds >= ELASTIC_LEAST_S or shared_weights_of(context.run).is_file()
+        seconds = ELASTIC_SHARE * self._available()
+        worth_it = seconds >= ELASTIC_LEAST_S or shared_weights_of(context.run).is_file()
         if not worth_it or not (structures.options or blocks):
             return
-        stage = ElasticStage(context, structures, taught, self.trainer.batch_size, not context.timed)
+        stage = ElasticStage(context, structures, taught, self.trainer.batch_size, repeatable=False)
         try:
             with context.delivery.stages.of("shared weights"):
                 context.progress.stage("shared weights")
-                stage.train(STEPS_SHARED, seconds)
+                stage.train(MAX_STEPS, seconds)
                 if not stage.pays():
                     return
-                most, judging_s = (JUDGED, None) if seconds is None else (MOST_JUDGED, JUDGING_SHARE * seconds)
-                self.judged = stage.search(most, judging_s)
+                self.judged = stage.search(MOST_JUDGED, JUDGING_SHARE * seconds)
         except ArithmeticError as error:
             context.delivery.fail("shared-weights", error)
             return

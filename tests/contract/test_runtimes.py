@@ -228,4 +228,6 @@ def test_models_are_delivered_in_it(name: str, tmp_path: Path) -> None:
     assert point.runtime_agreement is not None
     assert point.runtime_agreement >= 0.9
     (again,) = measure_latency({"again": artifact}, seconds_each=0.1, runtime=name).values()
-    assert point.latency_ms.measured == pytest.approx(again.median_ms, rel=0.35)
+    # Of one magnitude: how well two measurements agree depends on what else the machine does.
+    assert point.latency_ms.measured is not None
+    assert 0.4 < point.latency_ms.measured / again.median_ms < 2.5
