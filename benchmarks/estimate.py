@@ -69,7 +69,9 @@ def coefficients(menu: Menu, judge: PrefixJudge, sensitivity: Sensitivity) -> tu
     base = base_options(menu)
     swaps: list[tuple[Edge, Edge]] = []
     for edge in edges_of(menu):
-        narrow, coarse = ([_representative(menu.knobs[knob].options, base[knob], kind) for knob in edge] for kind in (0, 1))
+        narrow, coarse = (
+            [_representative(menu.knobs[knob].options, base[knob], kind) for knob in edge] for kind in (0, 1)
+        )
         swaps += [(edge, (a, b)) for a in (narrow[0], coarse[0]) for b in (narrow[1], coarse[1]) if a >= 0 and b >= 0]
     plans: list[CompressionPlan] = []
     for edge, chosen in swaps:

@@ -61,10 +61,10 @@ PREDICTION_MARGIN = 1.06
 """Predictions err by a few percent: plans are held to a little less than a latency budget."""
 
 SAMPLER_TURN = 2
-"""Every so many trials, once the seeds are evaluated, Optuna's sampler chooses the plan; else its expected gain does."""
+"""Every so many trials, once the seeds are evaluated, Optuna's sampler chooses the plan; else expected gain does."""
 
 SEED_SHARES = (1.0, 0.5)
-"""Widths of the uniform plans that are evaluated whatever they promise; the others are in the first pool of proposals."""
+"""Widths of the uniform plans that are evaluated whatever they promise; the others are in the pool of proposals."""
 
 STITCHED_DELIVERED = 5
 NOTED_EVERY = 20

@@ -15,7 +15,16 @@ from autocompress.plan import CompressionPlan
 from autocompress.progress import SilentProgress
 from autocompress.search.menu import format_of
 from autocompress.search.pricing import ChoicePricer
-from autocompress.search.seeds import (BINS, FORMATS, Sensitivity, dp_front, dp_surface, knapsack, measure_sensitivity, uniform_seeds)
+from autocompress.search.seeds import (
+    BINS,
+    FORMATS,
+    Sensitivity,
+    dp_front,
+    dp_surface,
+    knapsack,
+    measure_sensitivity,
+    uniform_seeds,
+)
 from tests.fixtures.search import make_menu, make_skeleton
 
 MENU = make_menu()
