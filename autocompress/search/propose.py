@@ -136,7 +136,7 @@ class Proposals:
             step = near[column, (places[:, knob] * near.shape[1]).astype(np.int64)]
             jump = (places[:, knob] * len(near)).astype(np.int64)
             children[:, knob] = np.where(changed[:, knob], np.where(stepped[:, knob], step, jump), column)
-        return children
+        return np.asarray(children)
 
 
 def _neighbours(count: int, aspects: Sequence[tuple[object, object]]) -> Choices:

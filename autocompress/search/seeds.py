@@ -165,9 +165,7 @@ def dp_front(
     return list(found)
 
 
-def _marginal_costs(
-    menu: Menu, centre: Sequence[int], price: Callable[[npt.NDArray[np.int64]], Array]
-) -> list[Array]:
+def _marginal_costs(menu: Menu, centre: Sequence[int], price: Callable[[npt.NDArray[np.int64]], Array]) -> list[Array]:
     """What each option of each knob costs beside ``centre``'s others, an equal share of the rest included."""
     sizes = [len(knob.options) for knob in menu.knobs]
     choices = np.tile(np.array(centre, dtype=np.int64), (1 + sum(sizes), 1))
