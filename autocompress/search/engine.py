@@ -69,10 +69,10 @@ PREDICTION_MARGIN = 1.06
 
 TIMING_OVERHEAD_S, LEAST_MEASURE_S = 0.2, 0.2
 SAMPLER_TURN = 2
-"""Every so many trials, once the seeds are evaluated, Optuna's sampler chooses; else the expected gain does."""
+"""Every so many trials, once the seeds are evaluated, Optuna's sampler chooses the plan; else expected gain does."""
 
 SEED_SHARES = (1.0, 0.5)
-"""Widths of the uniform plans that are evaluated whatever they promise; others are in the first pool of proposals."""
+"""Widths of the uniform plans that are evaluated whatever they promise; the others are in the pool of proposals."""
 
 STITCHED_DELIVERED = 5
 NOTED_EVERY = 20

@@ -55,7 +55,7 @@ class GainTable:
         """
         given, axes = np.asarray(drops, dtype=np.float64), np.asarray(costs, dtype=np.float64)
         parts = [self._some(given[i : i + CHUNK], axes[i : i + CHUNK]) for i in range(0, len(given), CHUNK)]
-        return np.concatenate(parts) if parts else np.zeros(0)
+        return np.asarray(np.concatenate(parts)) if parts else np.zeros(0)
 
     def _some(self, drops: Array, costs: Array) -> Array:
         covered = [
@@ -67,7 +67,7 @@ class GainTable:
         for lengths in rest:
             # One axis after another is summed away; the levels stay last.
             volume = np.einsum("cn,cnr->cr", lengths, volume.reshape(len(costs), lengths.shape[1], -1))
-        return np.asarray(_interpolated(np.clip(drops, 0.0, 1.0), self._levels, volume).mean(axis=1), dtype=np.float64)
+        return np.asarray(_interpolated(np.clip(drops, 0.0, 1.0), self._levels, volume).mean(axis=1))
 
 
 def greedy(present: npt.ArrayLike, drops: npt.ArrayLike, costs: npt.ArrayLike, count: int) -> list[int]:

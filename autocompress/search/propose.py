@@ -51,7 +51,7 @@ class Proposals:
         objectives: how many of the pricer's costs are objectives.
         limits: by cost name; a plan over one is never proposed.
         boxes: axes of the gain.
-        seeds: choices that the first pools hold beside the children.
+        seeds: choices that every pool holds beside the children, as long as they are new.
         seed: of the random choices.
     """
 
@@ -136,16 +136,15 @@ class Proposals:
             step = near[column, (places[:, knob] * near.shape[1]).astype(np.int64)]
             jump = (places[:, knob] * len(near)).astype(np.int64)
             children[:, knob] = np.where(changed[:, knob], np.where(stepped[:, knob], step, jump), column)
-        return np.asarray(children, dtype=np.int64)
+        return np.asarray(children)
 
 
 def _neighbours(count: int, aspects: Sequence[tuple[object, object]]) -> Choices:
     """``[options, most neighbours]``: for each option those alike in width or in format, repeated to one length."""
     rows = []
     for own in range(count):
-        alike = [
-            i for i in range(count) if i != own and any(a == b for a, b in zip(aspects[i], aspects[own], strict=True))
-        ]
+        width, form = aspects[own]
+        alike = [i for i, (w, f) in enumerate(aspects) if i != own and (w == width or f == form)]
         rows.append(alike or [own])
     longest = max(len(row) for row in rows)
     return np.array([(row * longest)[:longest] for row in rows], dtype=np.int64)

@@ -124,7 +124,11 @@ def dp_surface(menu: Menu, sensitivity: Sensitivity, price: Pricer, mixtures: in
     found: dict[tuple[int, ...], None] = {}
     for mixture in weights:
         scale = np.array(mixture) / np.maximum(dense, 1e-12)
-        found |= dict.fromkeys(dp_front(menu, sensitivity, lambda choices, scale=scale: price(choices) @ scale))  # type: ignore[misc]
+
+        def mixed(choices: npt.NDArray[np.int64], scale: Array = scale) -> Array:
+            return np.asarray(price(choices) @ scale)
+
+        found |= dict.fromkeys(dp_front(menu, sensitivity, mixed))
     return list(found)
 
 

@@ -14,7 +14,7 @@ from autocompress.pareto import dominates
 from autocompress.plan import CompressionPlan
 from autocompress.progress import SilentProgress
 from autocompress.search.menu import format_of
-from autocompress.search.pricing import ChoicePricer
+from autocompress.search.pricing import NamedPrices
 from autocompress.search.seeds import (
     BINS,
     FORMATS,
@@ -149,7 +149,7 @@ def test_uniform_seeds_begin_with_dense_and_int8() -> None:
 def test_seeds_for_two_resources_hold_those_for_each_and_some_between(sensitivity: Sensitivity) -> None:
     skeleton = make_skeleton()
     names = ("macs", "size_bytes")
-    price = ChoicePricer(MENU, skeleton, names)
+    price = NamedPrices(MENU, skeleton, names)
     found = dp_surface(MENU, sensitivity, price)
     assert len(found) == len(set(found))
     alone = [set(dp_front(MENU, sensitivity, lambda c, i=i: price(c)[:, i])) for i in range(2)]  # type: ignore[misc]
