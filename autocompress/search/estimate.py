@@ -68,7 +68,7 @@ class DivergenceEstimate:
         widest = max(len(row) for row in rows)
         table = np.zeros((len(rows), widest))
         for row, own in zip(rows, table, strict=True):
-            own[: len(row)] = row
+            own[: len(row)] = np.maximum(row, 0.0)  # rounding takes divergences of nearly nothing below it
         self._power = table**POWER
         self._place = np.log(table + SOFT)
         self._length = LENGTH * (len(rows) / 10) ** 0.5

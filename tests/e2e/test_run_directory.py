@@ -57,7 +57,7 @@ def test_front_json_has_the_contracts_keys(run: Run) -> None:
     assert (front["schema"], front["status"], front["verified"], front["seed"]) == (1, "complete", True, 0)
     assert front["target"].keys() == {"hardware", "runtime", "version", "threads", "batch"}
     assert front["metric"] == {"name": "accuracy", "unit": "fraction", "higher_is_better": True}
-    assert front["search"].keys() == {"trials", "seconds", "hypervolume", "stages"}
+    assert front["search"].keys() == {"trials", "seconds", "hypervolume", "stages", "split_gap"}
     assert front["search"]["trials"] == 48
     assert 0 < front["search"]["hypervolume"] < 1
     for point in (front["reference"], *front["baselines"], *front["points"]):
