@@ -47,7 +47,7 @@ MOST_STRUCTURES = 8
 STUDENT_SHARE = 0.6
 FRESH_MIN_S = 25.0
 PROMOTED = 3
-ELASTIC_SHARE, ELASTIC_LEAST_S = 0.2, 15.0
+ELASTIC_SHARE, ELASTIC_LEAST_S = 0.2, 120.0
 """Share of recovery that trains shared weights, and the seconds below which (and without a time budget) none are."""
 
 JUDGING_SHARE, MOST_JUDGED = 0.3, 300
