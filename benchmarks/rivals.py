@@ -44,8 +44,9 @@ from autocompress.search.context import Context, name_of, priced
 from autocompress.search.engine import Engine
 from autocompress.search.files import Clock, write_text
 from autocompress.search.menu import Menu, complete
+from autocompress.search.pricing import NamedPrices
 from autocompress.search.recover import Recovered, Trainer
-from autocompress.search.seeds import dp_front, measure_sensitivity
+from autocompress.search.seeds import dp_surface
 from autocompress.search.variants import variants
 from autocompress.spaces import load_space
 from autocompress.tasks import load_task
@@ -141,15 +142,10 @@ class Rival(Engine):
     def _seeds(self, menu: Menu) -> list[dict[str, object]]:
         """The engine's seeds by dynamic programming, and uniform plans at full and at the least depth, in turn."""
         context = self.context
-        found = []
-        if self.method != "quantize":
-            sensitivity = measure_sensitivity(menu, context.evaluator.quick, self.progress)
-            for name in context.costs:
-
-                def price(plans: object, name: str = name) -> np.ndarray:
-                    return np.asarray(getattr(context.original.skeleton.price(plans), name), dtype=float)  # type: ignore[arg-type]
-
-                found += dp_front(menu, sensitivity, price)
+        found: list[tuple[int, ...]] = []
+        if menu is context.menu:
+            price = NamedPrices(menu, context.original.skeleton, context.costs)
+            found = dp_surface(menu, self._sensitivity(context), price)
         uniform = [menu.uniform(w, c, b) for w in SEED_WIDTHS for c, b in SEED_FORMATS]  # type: ignore[arg-type]
         mixed = [choices for pair in zip(uniform, found, strict=False) for choices in pair] if found else uniform
         seeds: list[dict[str, object]] = []
