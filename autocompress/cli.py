@@ -230,8 +230,9 @@ def pick(
 ) -> None:
     """Pick one model of a run: the best one that meets the budgets.
 
-    All models that the run delivered are looked at, also those that its own budgets or objectives kept off the front,
-    as long as its .work folder is there. The run's budgets hold unless another one is given for the same thing.
+    With a budget, all models that the run delivered are looked at, also those that its own budgets or objectives kept
+    off the front, as long as its .work folder is there. The run's budgets hold unless another one is given for the
+    same thing.
 
     \b
     autocompress pick results/quickstart --max-latency-ms 0.2 --copy-to my-model
@@ -261,7 +262,10 @@ def pick(
         point = front.knee()
     else:
         try:
-            point = front.best(**budgets, prefer=cast("Preference | None", prefer), among=delivered_points(front))
+            asked = any(value is not None for value in budgets.values())
+            # What is off the front answers another question than the run was asked; without one, the front does.
+            among = delivered_points(front) if asked else None
+            point = front.best(**budgets, prefer=cast("Preference | None", prefer), among=among)
         except InfeasibleError as error:
             if as_json:
                 typer.echo(_infeasible_json(error))

@@ -83,6 +83,8 @@ def test_pick_says_as_json_where_a_model_comes_from(run: Path) -> None:
     off = json.loads(pick(run, "--max-memory-mb", "0.02", "--json").stdout)
     assert (off["id"], off["on_front"], off["not_on_front_because"]) == ("narrow", False, "dominated by p02")
     assert off["path"] == str(run / ".work" / "models" / "narrow")
+    # Without a budget the front is the answer, whatever is preferred.
+    assert json.loads(pick(run, "--prefer", "latency", "--json").stdout)["id"] == "p02"
     on = json.loads(pick(run, "--json").stdout)
     assert (on["id"], on["on_front"], on["not_on_front_because"]) == ("p00", True, None)
 
