@@ -48,6 +48,7 @@ class Trial:
     digest: str
     values: tuple[float, ...]
     same_as: int | None
+    repaired: bool
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,9 @@ def _trial(trial: optuna.trial.FrozenTrial) -> Trial:
     plan = trial.user_attrs.get("plan")
     digest = "" if plan is None else CompressionPlan.model_validate_json(plan).structure_digest
     values = tuple(trial.values or ())
-    return Trial(trial.number, trial.state.name, digest, values, trial.user_attrs.get("same_as"))
+    return Trial(
+        trial.number, trial.state.name, digest, values, trial.user_attrs.get("same_as"), "repaired" in trial.user_attrs
+    )
 
 
 def inspect_front(run: Path) -> tuple[LoadedFront | None, list[str]]:

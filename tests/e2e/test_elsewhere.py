@@ -65,7 +65,8 @@ def test_budgets_hold_on_the_upper_end_of_the_band(elsewhere: Run) -> None:
     # Only a prediction that keeps the budget with its band was worth an evaluation.
     trials = pd.read_csv(elsewhere.path / "trials.csv")
     assert trials.loc[trials["state"] == "COMPLETE", "latency_ms"].max() <= LIMIT_MS / 1.4 + 1e-9
-    assert (trials["state"] == "PRUNED").any()
+    # Plans over a budget are moved to others that keep it, or end without evaluation.
+    assert (trials["state"] == "PRUNED").any() or trials["repaired"].notna().any()
 
 
 def test_people_are_told_that_it_is_predicted(elsewhere: Run) -> None:

@@ -65,9 +65,9 @@ def test_budgets_hold_on_every_file_that_is_shipped(search: Interrupted) -> None
         assert point.onnx_path.stat().st_size <= MAX_SIZE_MB * 1e6
         assert point.drop <= MAX_DROP
         assert point.info.feasible
-    # Plans over the size ended before they were evaluated.
+    # Plans over the size were moved to others that keep it, or ended before they were evaluated.
     (plans,) = (found for name, found in trials_of(search.run).items() if name.startswith("plans-"))
-    assert any(trial.state == "PRUNED" for trial in plans)
+    assert any(trial.state == "PRUNED" or trial.repaired for trial in plans)
 
 
 @pytest.mark.slow
