@@ -179,9 +179,8 @@ def _trial(trial: optuna.trial.FrozenTrial) -> Trial:
     plan = trial.user_attrs.get("plan")
     digest = "" if plan is None else CompressionPlan.model_validate_json(plan).structure_digest
     values = tuple(trial.values or ())
-    return Trial(
-        trial.number, trial.state.name, digest, values, trial.user_attrs.get("same_as"), "repaired" in trial.user_attrs
-    )
+    attributes = trial.user_attrs
+    return Trial(trial.number, trial.state.name, digest, values, attributes.get("same_as"), "repaired" in attributes)
 
 
 def inspect_front(run: Path) -> tuple[LoadedFront | None, list[str]]:
