@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -167,11 +167,7 @@ def distill(
         FloatingPointError: the loss is no finite number: the recovery diverged.
     """
     own = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in own if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in own if p.dim() <= 1] + list(extra_parameters or []), "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate)
+    optimizer = make_optimizer(own, learning_rate, weight_decay, extra_parameters or ())
     name = penultimate(module) if recipe.feature_weight and data.features is not None else None
     seen: list[torch.Tensor] = []
     inner = module.taps.get(name) if name else None
@@ -219,6 +215,20 @@ def distill(
                 module.taps.pop(name, None)
         module.eval()
     return taken
+
+
+def make_optimizer(
+    parameters: Sequence[nn.Parameter],
+    learning_rate: float,
+    weight_decay: float,
+    undecayed: Sequence[nn.Parameter] = (),
+) -> torch.optim.Optimizer:
+    """AdamW that decays matrices, and neither vectors nor what is ``undecayed``."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [*(p for p in parameters if p.dim() <= 1), *undecayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate)
 
 
 def schedule(part: float) -> float:

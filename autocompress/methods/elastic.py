@@ -25,6 +25,7 @@ from autocompress.methods.distillation import (
     LossFunction,
     TeacherData,
     distillation_loss,
+    make_optimizer,
     mixed_precision_pays,
     schedule,
 )
@@ -177,11 +178,7 @@ def train_elastic(
         FloatingPointError: the loss is no finite number.
     """
     own = elastic.parameters
-    groups = [
-        {"params": [p for p in own if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in own if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate)
+    optimizer = make_optimizer(own, learning_rate, weight_decay)
     mixed = False
     if mixed_precision:
         sample = next(data.batches(batch_size, torch.Generator().manual_seed(0)))[0]

@@ -13,7 +13,7 @@ from autocompress.graph.blocks import drop_blocks, find_blocks
 from autocompress.graph.executor import build_module
 from autocompress.graph.read import read_model
 from autocompress.methods.compressed import CompressedModel
-from autocompress.methods.distillation import TeacherData, teach
+from autocompress.methods.distillation import teach
 from autocompress.methods.rounding import FINE_BITS
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Original, Recipe, Student
 from autocompress.search.bases import Base, build_student, student_specs
@@ -141,7 +141,7 @@ class Climber:
             if not self._time_left():
                 return
             self._export(structure, None)
-        self._share_weights(taught)
+        self._share_weights()
         available = self._available()
         slots = int(np.clip(available / SLOT_S, 3, MOST_STRUCTURES)) if context.timed else STRUCTURES
         slots, promotions = max(0, slots - done.entered), max(0, PROMOTED - done.promoted)
@@ -220,18 +220,19 @@ class Climber:
 
     # ------------------------------------------------------------------------------------------- shared weights
 
-    def _share_weights(self, taught: TeacherData) -> None:
+    def _share_weights(self) -> None:
         """Trains weights that all structures share and judges many by them, where there is time and it pays."""
         context = self.context
         if not context.timed:
             return
+        seconds = ELASTIC_SHARE * self._available()
+        if seconds < ELASTIC_LEAST_S and not shared_weights_of(context.run).is_file():
+            return
         blocks = sorted((block.name for block in find_blocks(context.original.graph)), key=self._harm)
         structures = Structures(context, blocks, self._base)
-        seconds = ELASTIC_SHARE * self._available()
-        worth_it = seconds >= ELASTIC_LEAST_S or shared_weights_of(context.run).is_file()
-        if not worth_it or not (structures.options or blocks):
+        if not (structures.options or blocks):
             return
-        stage = ElasticStage(context, structures, taught, self.trainer.batch_size, repeatable=False)
+        stage = ElasticStage(context, structures, self.trainer)
         try:
             with context.delivery.stages.of("shared weights"):
                 context.progress.stage("shared weights")

@@ -20,7 +20,6 @@ from optuna.trial import FrozenTrial, TrialState
 from safetensors.torch import load_file, save_file
 
 from autocompress.graph.executor import build_module
-from autocompress.methods.distillation import TeacherData
 from autocompress.methods.elastic import ElasticWeights, train_elastic
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Original, Recipe, Student
 from autocompress.search.bases import Base
@@ -28,6 +27,7 @@ from autocompress.search.context import Context, priced
 from autocompress.search.evaluate import Stitched
 from autocompress.search.menu import complete
 from autocompress.search.quiet import Quiet
+from autocompress.search.recover import Trainer
 from autocompress.search.study import PLAN, open_storage
 
 logger = logging.getLogger(__name__)
@@ -138,20 +138,13 @@ class ElasticStage:
     Args:
         context: of the run.
         structures: that may be drawn.
-        taught: training samples with the teacher's answers.
-        batch_size: samples a training step.
-        repeatable: whether the same steps must give the same weights; it rules out choices made by timing.
+        trainer: gives the samples with the teacher's answers, and calibration inputs.
     """
 
-    def __init__(
-        self, context: Context, structures: Structures, taught: TeacherData, batch_size: int, repeatable: bool
-    ) -> None:
-        self.context, self.structures, self.taught = context, structures, taught
-        self.batch_size, self.repeatable = batch_size, repeatable
+    def __init__(self, context: Context, structures: Structures, trainer: Trainer) -> None:
+        self.context, self.structures, self.trainer = context, structures, trainer
         database = context.evaluator.database
-        inputs = context.task.split("calibration").inputs
-        batches = [(inputs[i : i + 128],) for i in range(0, len(inputs), 128)]
-        self.weights = ElasticWeights(context.original.graph, database.weights, database.orders, batches)
+        self.weights = ElasticWeights(context.original.graph, database.weights, database.orders, trainer.calibration)
         self._path = shared_weights_of(context.run)
         self._judged: dict[str, Stitched] = {}
 
@@ -169,7 +162,7 @@ class ElasticStage:
         started = time.monotonic()
         taken = train_elastic(
             self.weights,
-            self.taught,
+            self.trainer.teacher,
             self.structures.draw,
             self.structures.narrowest,
             recipe,
@@ -177,9 +170,9 @@ class ElasticStage:
             learning_rate=recipe.learning_rate,
             task_loss=context.task.loss,
             generator=torch.Generator().manual_seed(context.config.seed),
-            batch_size=self.batch_size,
+            batch_size=self.trainer.batch_size,
             seconds=seconds,
-            mixed_precision=not self.repeatable,
+            mixed_precision=not self.trainer.repeatable,
             progress=Quiet(context.progress),
         )
         logger.info("shared weights: %d steps in %.1f s", taken, time.monotonic() - started)

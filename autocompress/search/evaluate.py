@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +15,6 @@ from autocompress.methods.simulation import build_compressed
 from autocompress.plan import CompressionPlan
 from autocompress.tasks.base import Task
 from autocompress.tasks.splits import TensorSplit
-
-logger = logging.getLogger(__name__)
 
 CORRECTION_SAMPLES = 128
 RANKING_SAMPLES = 512

@@ -6,6 +6,7 @@ the activations that are read from there on are kept, so memory does not grow wi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,7 +16,10 @@ from autocompress.methods.channel_correction import StatisticsCorrection
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.simulation import build_compressed
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph
-from autocompress.search.evaluate import StitchedEvaluator
+from autocompress.search.evaluate import WORST, StitchedEvaluator
+from autocompress.search.failures import is_expected, reason_of
+
+logger = logging.getLogger(__name__)
 
 
 class _Line:
@@ -52,9 +56,8 @@ class PrefixJudge:
     def judge(self, plans: Sequence[CompressionPlan]) -> Iterator[tuple[int, float]]:
         """The index of each plan with its divergence, in the order in which they begin to differ from the base."""
         evaluator = self.evaluator
-        database = evaluator.database
-        stitched = database.stitch(self.base)
-        starts = [first_difference(database.graph, stitched, database.stitch(plan)) for plan in plans]
+        stitched = evaluator.database.stitch(self.base)
+        starts = [self._start(stitched, plan) for plan in plans]
         inputs, samples = evaluator.correction_inputs, evaluator.quick_inputs
         with torch.no_grad():
             correction = evaluator.correction(self.base)
@@ -64,12 +67,25 @@ class PrefixJudge:
                 start = starts[index]
                 correcting.go(start)
                 running.go(start)
-                own = evaluator.correction(plans[index])
-                compressed = self._corrected(own, start, correction, correcting)
-                module = build_compressed(compressed)
-                values = running.branch(module.taps, running.module.taps) if start else module.enter(samples)
-                module.advance(values, start, len(module.graph.layers))
-                yield index, evaluator.divergence(module.leave(values).float())
+                try:
+                    own = evaluator.correction(plans[index])
+                    module = build_compressed(self._corrected(own, start, correction, correcting))
+                    values = running.branch(module.taps, running.module.taps) if start else module.enter(samples)
+                    module.advance(values, start, len(module.graph.layers))
+                    divergence = evaluator.divergence(module.leave(values).float())
+                except Exception as error:
+                    # A swap that cannot be built or run counts as the worst there is; the others are judged.
+                    logger.warning("a sensitivity is unknown: %s", reason_of(error), exc_info=not is_expected(error))
+                    divergence = WORST
+                yield index, divergence
+
+    def _start(self, base: CompressedModel, plan: CompressionPlan) -> int:
+        """Where a plan begins to differ; at the beginning where it cannot be stitched, which is told when judged."""
+        database = self.evaluator.database
+        try:
+            return first_difference(database.graph, base, database.stitch(plan))
+        except Exception:
+            return 0
 
     def _corrected(
         self, own: StatisticsCorrection, start: int, base: StatisticsCorrection, line: _Line

@@ -23,6 +23,7 @@ from autocompress.search.context import Context
 from autocompress.search.elastic import ElasticStage, Structures
 from autocompress.search.evaluate import StitchedEvaluator
 from autocompress.search.menu import Menu
+from autocompress.search.recover import Trainer
 from autocompress.spaces import SearchSpace
 from autocompress.tasks import load_task
 from tests.fixtures.search import make_profile
@@ -86,7 +87,8 @@ def test_shared_weights_judge_better_than_the_database_and_are_taken_up_again(
     structures: Structures, context: Context
 ) -> None:
     taught = teach(context.dense, context.task.split("train"), False, SilentProgress())
-    stage = ElasticStage(context, structures, taught, 64, repeatable=True)
+    trainer = Trainer(context.task, taught, 0, repeatable=True)
+    stage = ElasticStage(context, structures, trainer)
     assert not stage.trained
     before = stage.judge(structures.narrowest)
     stage._judged.clear()
@@ -97,7 +99,7 @@ def test_shared_weights_judge_better_than_the_database_and_are_taken_up_again(
     assert {j.base.spec.kind for j in judged} == {"original", "student"}
     assert all(0.0 <= j.error <= 1.0 and set(j.costs) == set(context.costs) for j in judged)
 
-    again = ElasticStage(context, structures, taught, 64, repeatable=True)
+    again = ElasticStage(context, structures, trainer)
     assert again.trained
     again.train(60, None)
     for a, b in zip(stage.weights.parameters, again.weights.parameters, strict=True):

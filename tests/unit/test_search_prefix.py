@@ -12,10 +12,11 @@ import torch
 
 from autocompress.graph.executor import GraphModule, build_module
 from autocompress.graph.groups import find_groups
+from autocompress.methods.channel_correction import StatisticsCorrection
 from autocompress.methods.database import LayerDatabase
 from autocompress.methods.statistics import collect
 from autocompress.plan import CompressionPlan, Layer
-from autocompress.search.evaluate import StitchedEvaluator
+from autocompress.search.evaluate import WORST, StitchedEvaluator
 from autocompress.search.menu import Menu
 from autocompress.search.prefix import PrefixJudge, first_difference
 from autocompress.spaces import SearchSpace
@@ -120,3 +121,20 @@ def test_layers_before_the_first_difference_run_once(
     # The base is corrected, run on the samples, and corrected whole for that; each plan has two passes of its own.
     assert runs["conv1"] == runs["layer3.0.conv2"] == 3
     assert runs["fc"] == 1 + 2 * len(choices)
+
+
+def test_a_swap_that_cannot_be_built_is_the_worst_and_the_others_are_judged(
+    evaluator: StitchedEvaluator, menu: Menu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = menu.plan(menu.uniform(1.0, "fp32", 32))
+    plans = near(menu, menu.uniform(1.0, "fp32", 32), 4)
+    wanted = dict(PrefixJudge(evaluator, base).judge(plans))
+    own = StitchedEvaluator.correction
+
+    def failing(self: StitchedEvaluator, plan: CompressionPlan) -> StatisticsCorrection:
+        if plan is plans[1]:
+            raise ArithmeticError("no such candidate")
+        return own(self, plan)
+
+    monkeypatch.setattr(StitchedEvaluator, "correction", failing)
+    assert dict(PrefixJudge(evaluator, base).judge(plans)) == {**wanted, 1: WORST}
