@@ -142,11 +142,9 @@ class PlanStudy:
         self._known: dict[str, FrozenTrial] = {}
         self.tried: dict[tuple[int, ...], float | None] = {}
         """Choices of every trial, those that wait among them, in order; with the divergence where there is one."""
-        self._options = [{o.label: i for i, o in enumerate(knob.options)} for knob in menu.knobs]
         for trial in self.study.get_trials(deepcopy=False):
-            labels = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-            if all(knob.name in labels for knob in menu.knobs):
-                chosen = tuple(own[labels[k.name]] for k, own in zip(menu.knobs, self._options, strict=True))
+            chosen = self.proposer.choices({**trial.system_attrs.get("fixed_params", {}), **trial.params})
+            if chosen is not None:
                 self._note(chosen, trial.values[0] if trial.state is TrialState.COMPLETE else None)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             plan = CompressionPlan.model_validate_json(trial.user_attrs[PLAN])
