@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from rich.console import Console
 
 INTERRUPTED = 130
 CHECKS_FAILED = 1
+RESENT_S = 0.05
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 
@@ -27,7 +30,11 @@ def console(*, error: bool = False) -> Console:
 
 @contextmanager
 def interruptible(*signals: signal.Signals) -> Iterator[None]:
-    """Lets other signals end what is inside as Ctrl-C does."""
+    """Lets Ctrl-C end what is inside wherever it comes, and other signals end it as Ctrl-C does.
+
+    Python drops an exception that comes while it runs a finalizer or a weak reference's callback, where libraries spend
+    much of their time; an interrupt that is dropped there is sent again.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -35,9 +42,23 @@ def interruptible(*signals: signal.Signals) -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
+    def dropped(lost: sys.UnraisableHookArgs) -> None:
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            hook(lost)
+            return
+        # From another thread and a little later: raised from here it would be dropped again.
+        timer = threading.Timer(RESENT_S, os.kill, (os.getpid(), signals[0]))
+        timer.start()
+        waiting.append(timer)
+
+    waiting: list[threading.Timer] = []
     before = {name: signal.signal(name, interrupt) for name in signals}
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
     try:
         yield
     finally:
+        for timer in waiting:
+            timer.cancel()
+        sys.unraisablehook = hook
         for name, handler in before.items():
             signal.signal(name, handler)
