@@ -68,7 +68,13 @@ class Point:
 
     @property
     def test(self) -> float:
-        return self.info.quality.test
+        """NaN where the model never stood on a front: its test split was not scored then."""
+        return math.nan if self.info.quality.test is None else self.info.quality.test
+
+    @property
+    def test_ci95(self) -> tuple[float, float]:
+        """The 95% interval of ``test``; NaN likewise."""
+        return self.info.quality.test_ci95 or (math.nan, math.nan)
 
     @property
     def latency_ms(self) -> float | None:
@@ -87,7 +93,9 @@ class Point:
     @property
     def test_drop(self) -> float | None:
         """Points of test quality lost against the original; negative for a gain."""
-        return None if self.reference is None else drop_between(self.metric, self.reference, self.info, "test")
+        if self.reference is None or self.info.quality.test is None:
+            return None
+        return drop_between(self.metric, self.reference, self.info, "test")
 
     @property
     def speedup(self) -> float | None:
@@ -349,8 +357,8 @@ def points_frame(points: Iterable[Point]) -> pd.DataFrame:
             "id": point.id,
             "validation": point.validation,
             "test": point.test,
-            "test_low": point.info.quality.test_ci95[0],
-            "test_high": point.info.quality.test_ci95[1],
+            "test_low": point.test_ci95[0],
+            "test_high": point.test_ci95[1],
             "drop": point.drop,
             "test_drop": point.test_drop,
             "latency_ms": point.latency_ms,

@@ -340,11 +340,14 @@ class Measurement(Value):
 
 
 class Quality(Value):
-    """The task's metric on both splits; ``drop_ci95`` bounds the paired test drop against the original."""
+    """The task's metric on both splits; ``drop_ci95`` bounds the paired test drop against the original.
+
+    The test split is scored for models that stand on a front; of others nothing is known there.
+    """
 
     validation: float
-    test: float
-    test_ci95: tuple[float, float]
+    test: float | None = None
+    test_ci95: tuple[float, float] | None = None
     drop_ci95: tuple[float, float] | None = None
 
 

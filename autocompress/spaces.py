@@ -53,10 +53,17 @@ class Students(_Section):
     depths: tuple[float, ...] = ()
     init: tuple[Literal["inherit", "fresh"], ...] = ("inherit",)
 
-    @field_validator("widths", "depths")
+    @field_validator("widths")
     @classmethod
-    def _shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+    def _widths(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         return _fractions(value)
+
+    @field_validator("depths")
+    @classmethod
+    def _depths(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 <= share <= 1 for share in value):
+            raise ValueError(f"{list(value)} is not allowed; give shares of the residual blocks that stay, from 0 to 1")
+        return value
 
 
 class Distillation(_Section):

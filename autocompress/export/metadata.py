@@ -148,12 +148,12 @@ class ArtifactMetrics(Value):
     def of(cls, point: FrontPoint, metric: Metric, target: Target) -> ArtifactMetrics:
         """Of a delivered model."""
         quality = point.quality
+        scores = {"validation": Score(value=quality.validation)}
+        if quality.test is not None:
+            scores["test"] = Score(value=quality.test, interval=quality.test_ci95, drop_interval=quality.drop_ci95)
         return cls(
             metric=metric,
-            quality={
-                "validation": Score(value=quality.validation),
-                "test": Score(value=quality.test, interval=quality.test_ci95, drop_interval=quality.drop_ci95),
-            },
+            quality=scores,
             latency_ms=point.latency_ms.measured,
             latency_p95_ms=point.latency_ms.measured_p95,
             predicted_ms=point.latency_ms.predicted,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,75 +28,97 @@ def penultimate(module: GraphModule) -> str | None:
     return layers[-1].inputs[0]
 
 
-@dataclass(frozen=True)
 class TeacherData:
     """Training samples with what the teacher says of them, for each view of a sample (as it is, and mirrored).
 
-    Attributes:
+    The teacher may be asked bit by bit: what it has not been asked about is not trained on.
+
+    Args:
+        teacher: the model that is followed; its ``taps`` are used and given back.
         split: the samples.
-        logits: ``[views, N, classes]``.
-        features: ``[views, N, F]`` penultimate features, or None where the model has no such layer.
+        mirror: whether mirrored images are samples, too.
+        batch_size: of the teacher's batches.
+
+    Attributes:
+        known: pairs of a sample and a view that the teacher has answered for, of ``len(order)``.
+        logits: ``[known, classes]``, as answered.
+        features: ``[known, F]`` penultimate features, or None where the model has no such layer.
     """
 
-    split: TensorSplit
-    logits: torch.Tensor
-    features: torch.Tensor | None
+    def __init__(self, teacher: GraphModule, split: TensorSplit, mirror: bool, batch_size: int = 512) -> None:
+        self.split, self.batch_size = split, batch_size
+        self._teacher, self._feature = teacher, penultimate(teacher)
+        pairs = (2 if mirror else 1) * len(split)
+        self.order = torch.randperm(pairs, generator=torch.Generator().manual_seed(0))
+        self.known = 0
+        self.logits = torch.zeros(0, 0)
+        self.features: torch.Tensor | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self.known == len(self.order)
+
+    def extend(self, seconds: float | None = None, progress: Progress | None = None) -> None:
+        """Asks the teacher for more answers: for at most so many seconds, but one batch at least, or for all."""
+        started = time.monotonic()
+        outputs, captured = [self.logits] if self.known else [], [] if self.features is None else [self.features]
+        taps = dict(self._teacher.taps)
+        if self._feature is not None:
+
+            def capture(value: torch.Tensor) -> torch.Tensor:
+                captured.append(value.detach().float().flatten(1))
+                return value
+
+            self._teacher.taps[self._feature] = capture
+        try:
+            with torch.no_grad(), autocast_context():
+                while not self.complete:
+                    pairs = self.order[self.known : self.known + self.batch_size]
+                    outputs.append(self._teacher(laid_out(self._inputs(pairs), torch.channels_last)).float())
+                    self.known += len(pairs)
+                    if progress is not None:
+                        progress.advance()
+                    if seconds is not None and time.monotonic() - started >= seconds:
+                        break
+        finally:
+            self._teacher.taps = taps
+        if outputs:
+            self.logits = torch.cat(outputs)
+        if captured:
+            self.features = torch.cat(captured)
 
     def batches(
         self, size: int, generator: torch.Generator
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
         """(inputs, targets or None, teacher logits, teacher features) without end, reshuffled on every pass."""
-        count = len(self.split)
+        count = self.known
         size = min(size, count)
         empty = torch.zeros(size, 0)
         while True:
-            order = torch.randperm(count, generator=generator)
+            shuffled = torch.randperm(count, generator=generator)
             for start in range(0, count - size + 1, size):
-                index = order[start : start + size]
-                batch = self.split.batch(index)
-                inputs = batch.inputs[0]
-                view = torch.zeros(size, dtype=torch.long)
-                if self.logits.shape[0] > 1:
-                    view = (torch.rand(size, generator=generator) < 0.5).long()
-                    mirrored = view.bool().reshape(-1, *([1] * (inputs.dim() - 1)))
-                    inputs = torch.where(mirrored, inputs.flip(-1), inputs)
-                features = empty if self.features is None else self.features[view, index]
-                yield inputs, batch.target, self.logits[view, index], features
+                index = shuffled[start : start + size]
+                pairs = self.order[index]
+                labels = self.split.labels
+                targets = None if labels is None else labels[pairs % len(self.split)]
+                features = empty if self.features is None else self.features[index]
+                yield self._inputs(pairs), targets, self.logits[index], features
+
+    def _inputs(self, pairs: torch.Tensor) -> torch.Tensor:
+        """The samples of pairs, mirrored where the pair says so."""
+        inputs = self.split.batch(pairs % len(self.split)).inputs[0]
+        mirrored = (pairs >= len(self.split)).reshape(-1, *([1] * (inputs.dim() - 1)))
+        return torch.where(mirrored, inputs.flip(-1), inputs) if bool(mirrored.any()) else inputs
 
 
 def teach(
-    teacher: GraphModule, split: TensorSplit, mirror: bool, progress: Progress, batch_size: int = 512
+    teacher: GraphModule, split: TensorSplit, mirror: bool, progress: Progress, seconds: float | None = None
 ) -> TeacherData:
-    """Runs the teacher once over the samples, so that no training step has to."""
-    name = penultimate(teacher)
-    captured: list[torch.Tensor] = []
-    original = dict(teacher.taps)
-    if name is not None:
-
-        def capture(value: torch.Tensor) -> torch.Tensor:
-            captured.append(value.detach().float().flatten(1))
-            return value
-
-        teacher.taps[name] = capture
-    views, kept = [], []
-    starts = range(0, len(split), batch_size)
-    progress.stage("teacher", (2 if mirror else 1) * len(starts))
-    try:
-        with torch.no_grad(), autocast_context():
-            for flipped in (False, True) if mirror else (False,):
-                captured.clear()
-                outputs = []
-                for start in starts:
-                    inputs = split.batch(slice(start, start + batch_size)).inputs[0]
-                    inputs = inputs.flip(-1) if flipped else inputs
-                    outputs.append(teacher(laid_out(inputs, torch.channels_last)).float())
-                    progress.advance()
-                views.append(torch.cat(outputs))
-                if captured:
-                    kept.append(torch.cat(captured))
-    finally:
-        teacher.taps = original
-    return TeacherData(split, torch.stack(views), torch.stack(kept) if kept else None)
+    """Asks the teacher about the samples once, so that no training step has to: about all, or for some seconds."""
+    data = TeacherData(teacher, split, mirror)
+    progress.stage("teacher", None if seconds is not None else -(-len(data.order) // data.batch_size))
+    data.extend(seconds, progress)
+    return data
 
 
 def similarity_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -240,6 +261,17 @@ def schedule(part: float) -> float:
 
 def mixed_precision_pays(module: GraphModule, inputs: torch.Tensor) -> bool:
     """Times a training step both ways: narrow layers are often slower in bfloat16 than in float32."""
+    taken = _step_times(module, inputs)
+    return taken[True] < taken[False]
+
+
+def step_time(module: GraphModule, inputs: torch.Tensor) -> float:
+    """Seconds of a forward and a backward pass in the precision that is faster."""
+    return min(_step_times(module, inputs).values())
+
+
+def _step_times(module: GraphModule, inputs: torch.Tensor) -> dict[bool, float]:
+    """Seconds of a step without and with mixed precision."""
     taken = {}
     module.train()
     inputs = laid_out(inputs, training_layout(module.graph))
@@ -251,4 +283,4 @@ def mixed_precision_pays(module: GraphModule, inputs: torch.Tensor) -> bool:
         taken[mixed] = time.perf_counter() - started  # the second time counts, once buffers are warm
     module.zero_grad(set_to_none=True)
     module.eval()
-    return taken[True] < taken[False]
+    return taken

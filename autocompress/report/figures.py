@@ -153,7 +153,7 @@ def _error_title(metric: Metric, split: Split) -> str:
 def _error_bars(metric: Metric, points: Sequence[Point], split: Split) -> dict[str, object] | None:
     if split != "test":
         return None
-    bounds = [[error_of(metric, edge) * _percent(metric) for edge in p.info.quality.test_ci95] for p in points]
+    bounds = [[error_of(metric, edge) * _percent(metric) for edge in p.test_ci95] for p in points]
     centres = [_error(metric, point, split) for point in points]
     return {
         "type": "data",
@@ -238,7 +238,7 @@ def _limit_y(figure: go.Figure, metric: Metric, points: Sequence[Point], split: 
     """Keeps the view on the front and its intervals: candidates near chance would squeeze it into a line."""
     shown = [_error(metric, point, split) for point in points]
     if split == "test":
-        shown += [error_of(metric, edge) * _percent(metric) for p in points for edge in p.info.quality.test_ci95]
+        shown += [error_of(metric, edge) * _percent(metric) for p in points for edge in p.test_ci95]
     low, high = min(shown), max(shown)
     margin = 0.06 * (high - low) or max(abs(high) * 0.1, 0.1)
     floor = -margin if metric.unit == "fraction" else -math.inf

@@ -28,7 +28,7 @@ def readable_points(front: LoadedFront, space: SpaceSummary) -> pd.DataFrame:
 
 def _readable(point: Point, kind: str, space: SpaceSummary) -> dict[str, object]:
     info, metric = point.info, point.metric
-    low, high = info.quality.test_ci95
+    low, high = point.test_ci95
     fraction = metric.unit == "fraction"
     latency = "unknown" if point.latency_ms is None else format_ms(point.latency_ms)
     if point.latency_ms is not None and info.latency_ms.measured is None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from autocompress.graph.blocks import drop_blocks, find_blocks
+from autocompress.graph.blocks import drop_blocks
 from autocompress.graph.read import read_model
 from autocompress.hardware.models import CostModel
 from autocompress.hardware.skeleton import Skeleton
@@ -55,30 +55,21 @@ def build_student(task: Task, original: Base, spec: Student, cost_model: CostMod
     return Base(spec, graph, weights, skeleton)
 
 
-def student_specs(
-    graph: ModelGraph,
-    harm: Callable[[str], float],
-    widths: Sequence[float],
-    depths: Sequence[float],
-    init: Sequence[str],
-) -> list[Student]:
-    """The students worth building: the shallowest at full width first, then one step away from it in depth or width.
+def shallow_specs(blocks: Sequence[str], depths: Sequence[float]) -> list[Student]:
+    """Students of the original's widths that lack residual blocks, the shallowest first.
 
     Args:
-        graph: the original.
-        harm: how much the model suffers when one residual block leaves; the least harmful ones leave first.
-        widths: shares of all channels; the full width is always among them.
-        depths: shares of the residual blocks that can leave which stay.
-        init: ``inherit``, ``fresh`` or both.
+        blocks: the residual blocks that can leave, in the order in which they should.
+        depths: shares of them that stay; those that leave all of them have none.
     """
-    blocks = sorted((block.name for block in find_blocks(graph)), key=harm)
-    ranked: list[tuple[int, Student]] = []
-    if "inherit" in init:
-        counts = [(depth, round((1.0 - depth) * len(blocks))) for depth in sorted(depths)]
-        for place, (depth, count) in enumerate([c for c in counts if c[1]]):
-            for step, width in enumerate(sorted({1.0, *widths}, reverse=True)):
-                dropped = tuple(sorted(blocks[:count]))
-                ranked.append((place + step, Student(width=width, depth=depth, dropped=dropped)))
-    if "fresh" in init:
-        ranked += [(1 + step, Student(width=width, init="fresh")) for step, width in enumerate(sorted(widths)[::-1])]
-    return [spec for _, spec in sorted(ranked, key=lambda item: item[0])]
+    counts = dict.fromkeys(round((1.0 - depth) * len(blocks)) for depth in sorted(depths))
+    return [
+        Student(width=1.0, depth=1.0 - count / len(blocks), dropped=tuple(sorted(blocks[:count])))
+        for count in counts
+        if count
+    ]
+
+
+def fresh_specs(widths: Sequence[float]) -> list[Student]:
+    """Narrower students with weights of their own, the widest first."""
+    return [Student(width=width, init="fresh") for width in sorted(widths, reverse=True)]

@@ -1,110 +1,140 @@
-"""The recovery rungs: which structures are trained, for how long, and in which formats they are delivered."""
+"""The recovery rungs: which structures are trained next, for how long, and in which formats they are delivered."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from time import monotonic
 
 import numpy as np
+import optuna
 import torch
 
-from autocompress.graph.blocks import drop_blocks, find_blocks
+from autocompress.graph.blocks import drop_blocks
 from autocompress.graph.executor import build_module
 from autocompress.graph.read import read_model
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.distillation import teach
 from autocompress.methods.rounding import FINE_BITS
-from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Original, Recipe, Student
-from autocompress.search.bases import Base, build_student, student_specs
+from autocompress.plan import CompressionPlan, FrontPoint, LayerPlan, ModelGraph, Original, Recipe, Student
+from autocompress.progress import Progress
+from autocompress.search.bases import Base, build_student
 from autocompress.search.context import Context, name_of, priced, prices
-from autocompress.search.elastic import ElasticStage, Judged, Structures, shared_weights_of
+from autocompress.search.deliver import ORIGINAL, Delivery
 from autocompress.search.failures import reason_of
+from autocompress.search.forecast import CapacityForecast
 from autocompress.search.gains import Outcome
 from autocompress.search.ladder import RecipeStudy, RecoveryForecast, without_labels
-from autocompress.search.menu import complete, keep_counts
+from autocompress.search.menu import complete
+from autocompress.search.narrowing import narrowed
 from autocompress.search.quiet import Quiet
-from autocompress.search.recover import Climbed, Recovered, Source, Trainer, load_recovered, save_recovered
+from autocompress.search.recover import Climbed, Recovered, Trainer, load_recovered, save_recovered
 from autocompress.search.rungs import RungLog, RungRow
+from autocompress.search.structures import Structure, fresh_students, reprice, structures_of, students
 from autocompress.search.study import Scored
+from autocompress.search.together import at_once, together
 from autocompress.search.variants import variants
 
 logger = logging.getLogger(__name__)
 
-FIRST_RUNG_SHARE = 0.5
-"""Share of recovery that goes to a first, short training of many structures; the rest goes to the best of them."""
+FIRST_RUNGS, TYPICAL_WORK = 40, 0.3
+"""A first rung of a structure whose steps take ``TYPICAL_WORK`` of the original's takes this part of recovery; every
+further one takes twice as many steps as the one before it."""
 
-FORMATS_SHARE = 0.25
-"""Share of a rung's time that trains with number formats simulated."""
+FIRST_LEAST, FIRST_MOST = 120, 600
+"""Steps of a first rung."""
 
-TRAINING_SHARE = 0.85
-"""Share of a structure's time that trains; the rest exports, scores and times its models."""
+FORMATS_SHARE = 0.3
+"""Share of a rung's time that trains with number formats simulated, where there are formats that need it."""
 
-SLOT_S = 10.0
-"""Seconds of recovery for each structure that enters, both rungs counted."""
+LOW_BITS_FIRST, LOW_BITS_LATER = 1, 2
+"""Such formats that a structure is delivered in, after its first rung and after later ones."""
 
-MOST_STRUCTURES = 8
-STUDENT_SHARE = 0.6
-FRESH_MIN_S = 25.0
-PROMOTED = 3
-ELASTIC_SHARE, ELASTIC_LEAST_S = 0.2, 120.0
-"""Share of recovery that trains shared weights, and the seconds below which (and without a time budget) none are."""
+UNEVEN = 2.5
+"""Trainings run side by side for the same time, so none that would take so many times longer than the other."""
 
-JUDGING_SHARE, MOST_JUDGED = 0.3, 300
-"""Time for judging structures by shared weights, relative to training them, and how many at most."""
+LESSONS_FIRST_S, LESSONS_SHARE = 4.0, 0.3
+"""Seconds for the teacher's first answers, and its share of a rung's time until it has answered for all samples."""
 
-STEPS_FIRST, STEPS_SECOND, STEPS_FORMATS, STRUCTURES = 150, 300, 60, 4
-"""Without a time budget: steps at each rung, with formats simulated, and how many structures enter."""
+FORMAT_DOUBT = 0.003
+"""Quality, as a fraction, by which a model in its formats may be better than its float weights on validation."""
 
-MEASURE_S, FINAL_MEASURE_S = 0.4, 0.8
+DELIVERY_S = 4.0
+"""Seconds that delivering a structure is thought to take before any has been."""
+
+FRESH_LEAST = 500
+"""Steps of a first rung below which fresh weights would show nothing."""
+
+DOUBT = (-0.2, 0.0, 0.2)
+"""A predicted loss is off by such factors, as logarithms: what is predicted to gain nothing may gain something."""
+
+STEPS_FIRST, STEPS_SECOND, STEPS_FORMATS, STRUCTURES, PROMOTED = 150, 300, 60, 4, 3
+"""Without a time budget: steps of a first rung, of a later one and with formats simulated, how many structures enter
+and how many trainings go on."""
+
+MEASURE_S, FINAL_MEASURE_S = 0.25, 0.8
 MAX_STEPS = 10**9
 
 
-@dataclass
-class Structure:
-    """A set of widths on its way up the ladder.
+@dataclass(frozen=True)
+class Turn:
+    """A structure's next rung, and what it is expected to come to.
 
-    ``divergence`` is that of what training starts from, and ``source`` what that is: stitched from the database, or cut
-    from shared weights; None where nothing could be evaluated.
+    Attributes:
+        structure: to be trained.
+        drop: of quality that is expected after it, as a fraction.
+        seconds: of training; None where steps are counted.
     """
 
-    base: Base
-    plan: CompressionPlan
-    divergence: float | None
-    recovered: Recovered | None = None
-    rung: int = 0
-    source: Source = "database"
+    structure: Structure
+    drop: float
+    seconds: float | None
 
     @property
-    def key(self) -> str:
-        return self.plan.shape_digest
-
-    @property
-    def id(self) -> str:
-        """What tables call it."""
-        return id_of(self.key)
-
-    @property
-    def kind(self) -> str:
-        """What it starts from: the original, a student, or one with fresh weights."""
-        return "fresh" if self.base.fresh else self.base.spec.kind
-
-
-def id_of(key: str) -> str:
-    """What tables call a structure, of whose key they show the beginning."""
-    return f"s{key[:7]}"
+    def rung(self) -> int:
+        return self.structure.rung + 1
 
 
 @dataclass(frozen=True)
+class Model:
+    """A structure in the formats of a plan, or why it could not be made."""
+
+    structure: Structure
+    plan: CompressionPlan
+    made: CompressedModel | Exception
+
+    def get(self) -> CompressedModel:
+        """The model; raises what was raised when it was made."""
+        if isinstance(self.made, Exception):
+            raise self.made
+        return self.made
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a turn came to: float weights, and the model (or why there is none) of each format that is delivered."""
+
+    recovered: Recovered
+    models: Sequence[tuple[CompressionPlan, CompressedModel | Exception]]
+
+
+@dataclass
 class Done:
     """How many structures this leg of a run has recovered, and how many trainings it has gone on with."""
 
-    entered: int
-    promoted: int
+    entered: int = 0
+    promoted: int = 0
 
 
 class Climber:
     """Recovers the structures of one run.
+
+    Each turn is the one that promises the most hypervolume for its time: a structure that was judged as stitched, a
+    shallower student that was not, or a longer training of what was recovered (successive halving without rounds, as
+    in 1810.05934).
 
     Args:
         context: of the run.
@@ -112,68 +142,72 @@ class Climber:
     """
 
     def __init__(self, context: Context, scored: list[Scored]) -> None:
-        self.context, self.scored = context, scored
+        self.context = context
         self.structures: dict[str, Structure] = {}
-        self.forecasts: dict[Source, RecoveryForecast] = {"database": RecoveryForecast(), "shared": RecoveryForecast()}
-        self.shared: ElasticStage | None = None
-        self.judged: list[Judged] = []
+        self.judged, self.sized = RecoveryForecast(), CapacityForecast()
         self.rungs = RungLog(context.run)
+        self.done = Done()
         self._bases: dict[Student, Base | None] = {}
         self._harms: dict[str, float] = {}
+        self._delivering = [DELIVERY_S]
+        self._at_once, self._paces = 1, [0.0]
+        self._waiting = self._structures_of(scored)
 
     def climb(self) -> None:
-        """Runs both rungs within the time there is; what an interrupted run had recovered is taken up."""
+        """Takes turns within the time there is; what an interrupted run had recovered is taken up."""
         context = self.context
-        done = self._take_up()
+        self._take_up()
         self.rungs.write()
         if context.timed and context.clock.left < self.reserve() + 5.0:
             return
-        teacher = context.dense
-        if context.teacher is not context.task.model:
-            teacher = build_module(*read_model(context.teacher, context.task.example_inputs))
-        taught = teach(teacher, context.task.split("train"), context.task.augmentation.flip, context.progress)
-        self.trainer = Trainer(context.task, taught, context.config.seed, repeatable=not context.timed)
-        settings = context.space.distillation
-        if context.task.split("train").labels is None:
-            settings = without_labels(settings)
-        self.recipes = RecipeStudy(context.storage, settings, context.config.seed)
+        self._prepare()
         for structure in self.structures.values():
             if not self._time_left():
                 return
-            self._export(structure, None)
-        self._share_weights()
-        available = self._available()
-        slots = int(np.clip(available / SLOT_S, 3, MOST_STRUCTURES)) if context.timed else STRUCTURES
-        slots, promotions = max(0, slots - done.entered), max(0, PROMOTED - done.promoted)
-        share = FIRST_RUNG_SHARE if promotions else 1.0
-        first_end = context.clock.spent + share * available
-        students = self._students(share * available / max(slots, 1) if context.timed else None)
-        context.progress.stage("recover", slots + promotions)
-        quota = round(slots * STUDENT_SHARE)
-        for index in range(slots):
-            if not self._time_left():
+            models = self._models(structure, None, Quiet(context.progress))
+            self._deliver([Model(structure, plan, made) for plan, made in models])
+        if context.timed:
+            self._at_once, pace = at_once(lambda: self.trainer.step_seconds(context.dense.graph, self._whole))
+            self._paces = [pace]
+        self._waiting += students(context, self._base, self._harm)
+        first = self._first_steps()
+        if first >= FRESH_LEAST or not context.timed:
+            # One tells whether they compete.
+            self._waiting += fresh_students(context, self._base)[:1]
+        context.progress.stage("recover", None if context.timed else STRUCTURES + PROMOTED)
+        while self._time_left():
+            turns = self._next(first)
+            if not turns:
                 break
-            if index == slots - 1 and slots > 2 and self._reaches_far:
-                entrant = self._cheapest(students)
-            elif quota and students and (index % 2 == 1 or index >= slots - 1 - quota):
-                # In turn with stitched structures, so that a short run ends with something good either way.
-                entrant, quota = students.pop(0), quota - 1
-            else:
-                entrant = self._next()
-            if entrant is None:
-                break
-            self._recover(entrant, 1, STEPS_FIRST, self._seconds(first_end - context.clock.spent, slots - index))
-        for index in range(promotions):
-            best = self._promoted() if self._time_left() else None
-            if best is None:
-                break
-            self._recover(best, best.rung + 1, STEPS_SECOND, self._seconds(self._available(), promotions - index))
+            self._take(turns)
 
-    def _seconds(self, left: float, remaining: int) -> float | None:
-        """Training seconds for the next structure of a rung: its part of the time left, delivery allowed for."""
+    @property
+    def _whole(self) -> Mapping[str, torch.Tensor]:
+        return self.context.evaluator.database.weights
+
+    def _first_steps(self) -> int:
+        """Steps of a first rung."""
         if not self.context.timed:
-            return None
-        return max(1.0, min(TRAINING_SHARE * left / remaining, self._available()))
+            return STEPS_FIRST
+        steps = self._available() / FIRST_RUNGS / (TYPICAL_WORK * self._paces[0])
+        return int(np.clip(steps, FIRST_LEAST, FIRST_MOST))
+
+    def _prepare(self) -> None:
+        """The teacher's answers and the study of recipes."""
+        context = self.context
+        teacher = context.dense
+        if context.teacher is not context.task.model:
+            teacher = build_module(*read_model(context.teacher, context.task.example_inputs))
+        train = context.task.split("train")
+        taught = teach(
+            teacher, train, context.task.augmentation.flip, context.progress,
+            seconds=LESSONS_FIRST_S if context.timed else None,
+        )  # fmt: skip
+        self.trainer = Trainer(context.task, taught, context.config.seed, repeatable=not context.timed)
+        settings = context.space.distillation
+        if train.labels is None:
+            settings = without_labels(settings)
+        self.recipes = RecipeStudy(context.storage, settings, context.config.seed)
 
     def reserve(self) -> float:
         """Seconds the last measurement will take: every model that may stand on the front once more."""
@@ -186,15 +220,8 @@ class Climber:
     def _time_left(self) -> bool:
         return not self.context.timed or self.context.clock.left > self.reserve() + 3.0
 
-    @property
-    def _reaches_far(self) -> bool:
-        """Whether the front should show how far the model can go: once, and only where quality is traded off."""
-        gains = self.context.gains
-        return self.context.clock.leg == 1 and gains.quality and bool(gains.axes)
-
-    def _take_up(self) -> Done:
-        """Takes up the recoveries that there are; gives how many of them this leg of the run has made."""
-        entered = promoted = 0
+    def _take_up(self) -> None:
+        """Takes up the recoveries that there are, and notes how many of them this leg of the run has made."""
         folder = self.context.run / ".work" / "recovered"
         for path in sorted(folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime_ns):
             stored = load_recovered(path)
@@ -205,45 +232,23 @@ class Climber:
             base = self._base(climbed.plan.base)
             if base is None:
                 continue
-            structure = Structure(
-                base, climbed.plan, climbed.divergence, recovered, climbed.rung, source=climbed.source
-            )
+            (structure,) = structures_of(self.context, base, [climbed.plan])
+            structure.divergence, structure.recovered, structure.rung = climbed.divergence, recovered, climbed.rung
             known = self.structures.get(structure.key)
             if known is None or known.rung <= structure.rung:
                 self.structures[structure.key] = structure
             if climbed.leg == self.context.clock.leg:
-                entered += climbed.rung == 1
-                promoted += climbed.rung > 1
-            if climbed.rung == 1 and climbed.divergence is not None:
-                self.forecasts[climbed.source].add(climbed.divergence, recovered.error - self.context.error)
-        return Done(entered, promoted)
+                self.done.entered += climbed.rung == 1
+                self.done.promoted += climbed.rung > 1
+            self._observe(structure, recovered, climbed.rung)
 
-    # ------------------------------------------------------------------------------------------- shared weights
-
-    def _share_weights(self) -> None:
-        """Trains weights that all structures share and judges many by them, where there is time and it pays."""
-        context = self.context
-        if not context.timed:
-            return
-        seconds = ELASTIC_SHARE * self._available()
-        if seconds < ELASTIC_LEAST_S and not shared_weights_of(context.run).is_file():
-            return
-        blocks = sorted((block.name for block in find_blocks(context.original.graph)), key=self._harm)
-        structures = Structures(context, blocks, self._base)
-        if not (structures.options or blocks):
-            return
-        stage = ElasticStage(context, structures, self.trainer)
-        try:
-            with context.delivery.stages.of("shared weights"):
-                context.progress.stage("shared weights")
-                stage.train(MAX_STEPS, seconds)
-                if not stage.pays():
-                    return
-                self.judged = stage.search(MOST_JUDGED, JUDGING_SHARE * seconds)
-        except ArithmeticError as error:
-            context.delivery.fail("shared-weights", error)
-            return
-        self.shared = stage
+    def _observe(self, structure: Structure, recovered: Recovered, rung: int) -> None:
+        """Lets the forecasts learn from a recovery."""
+        gap = recovered.error - self.context.error
+        if structure.divergence is not None and rung == 1:
+            self.judged.add(structure.divergence, gap)
+        if not structure.base.fresh:
+            self.sized.add(structure.macs, structure.parameters, rung, gap)
 
     # ------------------------------------------------------------------------------------------- who comes next
 
@@ -261,33 +266,6 @@ class Climber:
                 context.delivery.fail(f"student-{spec.init}-{spec.width:g}-{spec.depth:g}", error)
         return self._bases[spec]
 
-    def _students(self, seconds: float | None) -> list[Structure]:
-        """Shallower and fresh models, in the order they should be tried.
-
-        Fresh weights need more than a short rung to show anything, and one such student tells whether they compete.
-        """
-        offered = self.context.space.students
-        graph = self.context.original.graph
-        found = []
-        for spec in student_specs(graph, self._harm, offered.widths, offered.depths, offered.init):
-            if spec.init == "inherit" and self.shared is not None:
-                continue  # shallower structures were judged with all others
-            if spec.init == "fresh" and seconds is not None and seconds < FRESH_MIN_S:
-                continue
-            base = self._base(spec)
-            if base is None:
-                continue
-            groups = {}
-            if spec.init == "inherit" and spec.width < 1.0:
-                groups = {group.id: keep_counts(group.size, [spec.width])[0] for group in base.graph.groups}
-            structure = Structure(base, CompressionPlan(base=spec, groups=groups), None)
-            known = structure.key in self.structures or self._has_failed(structure.key, 1)
-            if not known and self._variants(structure):
-                found.append(structure)
-            if spec.init == "fresh":
-                break
-        return found
-
     def _harm(self, block: str) -> float:
         """The divergence of the original without one residual block."""
         if block not in self._harms:
@@ -296,141 +274,197 @@ class Climber:
             self._harms[block] = self.context.evaluator.divergence_of(build_module(graph, weights))
         return self._harms[block]
 
-    def _next(self) -> Structure | None:
-        """The structure with the largest predicted gain in hypervolume after recovery."""
-        waiting = self._waiting()
-        if not waiting:
-            return None
-        promised = [Outcome(self._forecast(structure), costs) for structure, costs in waiting]
+    def _structures_of(self, scored: Sequence[Scored]) -> list[Structure]:
+        """The widths of stitched candidates, each with the least divergence that was seen for it."""
+        best: dict[str, Scored] = {}
+        for s in sorted(scored, key=lambda s: (s.divergence, s.number)):
+            best.setdefault(s.plan.shape_digest, s)
+        found = structures_of(self.context, self.context.original, [s.plan for s in best.values()])
+        for structure, s in zip(found, best.values(), strict=True):
+            structure.divergence = s.divergence
+        return found
+
+    def _next(self, first: int) -> list[Turn]:
+        """The turns that promise the most for their time, to be taken side by side.
+
+        None where none promises anything, or where there is no time.
+
+        Args:
+            first: steps of a first rung.
+        """
+        turns = self._turns(first)
+        present = [self._outcome(s) for s in self.structures.values()] + self._stitched_points()
+        chosen: list[Turn] = []
+        while turns and len(chosen) < self._at_once:
+            best = self._best(turns, present)
+            if best is None:
+                break
+            chosen.append(best)
+            present.append(Outcome(best.drop, best.structure.costs))
+            longest = UNEVEN * (best.seconds or 0.0)
+            turns = [t for t in turns if t.structure.key != best.structure.key and (t.seconds or 0.0) <= longest]
+        return chosen
+
+    def _best(self, turns: Sequence[Turn], present: Sequence[Outcome]) -> Turn | None:
         gains = self.context.gains
-        index, gain = gains.best([self._outcome(s) for s in self.structures.values()], promised)
-        if gain <= 0.0 and gains.axes:
+        total = np.zeros(len(turns))
+        for doubt in DOUBT:
+            promised = [Outcome(max(t.drop, 0.0) * float(np.exp(doubt)), t.structure.costs) for t in turns]
+            total += gains.each(present, promised)
+        if total.max() <= 0.0 and gains.axes:
             # With quality alone to win, the next best guess is worth a try: forecasts err.
             return None
-        return waiting[index][0]
+        delivery = float(np.mean(self._delivering[-5:]))
+        lasting = np.array([1.0 if t.seconds is None else t.seconds + delivery for t in turns])
+        return turns[int(np.argmax(np.where(total > 0.0, total / lasting, total)))]
 
-    def _waiting(self) -> list[tuple[Structure, Mapping[str, float]]]:
-        """Structures that were judged and not trained yet, with their least predicted costs; each once."""
-        found: dict[str, tuple[Structure, Mapping[str, float]]] = {}
-        for j in self.judged:
-            found[j.plan.shape_digest] = Structure(j.base, j.plan, j.divergence, source="shared"), j.costs
-        for s in self.scored:
-            structure = Structure(self.context.original, s.plan, s.divergence)
-            found.setdefault(f"{structure.key}-{s.number}", (structure, s.costs))
-        cut = {structure.key for structure, _ in found.values() if structure.source == "shared"}
+    def _turns(self, first: int) -> list[Turn]:
+        """Every training that could come next and fits into the time."""
+        context, found = self.context, []
+        failures = context.delivery.failures
+        if context.timed or self.done.entered < STRUCTURES:
+            waiting = [
+                s for s in self._waiting if s.key not in self.structures and f"{s.id}-rung1" not in failures
+                and all(s.costs.get(name, 0.0) <= limit for name, limit in context.hard.items())
+            ]  # fmt: skip
+            found += [
+                Turn(s, d, self._lasting(s, first)) for s, d in zip(waiting, self._forecast(waiting), strict=True)
+            ]
+        if context.timed or self.done.promoted < PROMOTED:
+            for s in self.structures.values():
+                # Each time that a search is given more trials, structures may go one rung further up than before.
+                higher = context.timed or s.rung <= context.clock.leg
+                if higher and f"{s.id}-rung{s.rung + 1}" not in failures:
+                    drop = self.sized.promoted(self._outcome(s).drop)
+                    found.append(Turn(s, drop, self._lasting(s, first * 2**s.rung)))
+        if not context.timed or not found:
+            return found
+        # What ends before its time promises less; where only such turns are left, the shortest are taken.
+        left = max(self._available() - self._delivering[-1], 0.0)
+        shortest = min(turn.seconds or 0.0 for turn in found)
+        return (
+            [turn for turn in found if (turn.seconds or 0.0) <= max(left, 1.01 * shortest)]
+            if (left > 0.5 * shortest or not self.structures)
+            else []
+        )
+
+    def _lasting(self, structure: Structure, steps: int) -> float | None:
+        """Seconds that so many steps of a structure take; None where steps are counted."""
+        if not self.context.timed:
+            return None
+        return steps * float(np.median(self._paces[-5:])) * structure.work / (1.0 - FORMATS_SHARE)
+
+    def _stitched_points(self) -> list[Outcome]:
+        """What is delivered without any training."""
+        context = self.context
+        points = context.delivery.points
+        original = Delivery.costs(points[ORIGINAL])
         return [
-            (structure, costs)
-            for structure, costs in found.values()
-            if structure.key not in self.structures
-            and not self._has_failed(structure.key, 1)
-            and (structure.source == "shared" or structure.key not in cut)
-        ]
+            Outcome(context.delivery.drop_of(point) / 100.0, self._relative(point, original))
+            for name, point in points.items() if name != ORIGINAL and point.plan.recipe.steps == 0
+        ]  # fmt: skip
 
-    def _forecast(self, structure: Structure) -> float:
-        """The quality a judged structure is expected to lose, once it is recovered."""
-        assert structure.divergence is not None
-        return float(self.forecasts[structure.source].predict(np.array([structure.divergence]))[0])
+    def _relative(self, point: FrontPoint, original: Mapping[str, float]) -> dict[str, float]:
+        """A delivered model's costs on the scale of the predicted ones."""
+        reference = self.context.reference
+        costs = Delivery.costs(point)
+        return {name: costs[name] / original[name] * reference[name] for name in costs if name in reference}
 
-    def _has_failed(self, key: str, rung: int) -> bool:
-        """Whether the recovery of a structure failed at a rung, in this process or an interrupted one."""
-        return f"{id_of(key)}-rung{rung}" in self.context.delivery.failures
-
-    def _cheapest(self, students: list[Structure]) -> Structure | None:
-        """The structure that costs least (time, by default): a front should show how far the model can go."""
-
-        def cost(structure: Structure) -> float:
-            plans = self._variants(structure) or [structure.plan]
-            table = structure.base.skeleton.price([priced(plan) for plan in plans])
-            return float(np.min(getattr(table, self.context.costs[0])))
-
-        candidates = [s for s in students if not s.base.fresh]
-        waiting = self._waiting()
-        if waiting:
-            candidates.append(min(waiting, key=lambda item: [item[1][name] for name in self.context.costs])[0])
-        return min(candidates, key=cost, default=None)
+    def _forecast(self, waiting: Sequence[Structure]) -> list[float]:
+        """The quality that structures are expected to lose, once they are recovered for a first rung."""
+        if not waiting:
+            return []
+        by_size = self.sized.predict([s.macs for s in waiting], [s.parameters for s in waiting], 1)
+        known = np.array([s.divergence if s.divergence is not None else np.nan for s in waiting])
+        by_judgement = self.judged.predict(np.nan_to_num(known, nan=1.0))
+        # Both are known of a stitched one: each errs in its own way.
+        both = np.sqrt(np.maximum(by_size, 5e-4) * by_judgement)
+        return [float(drop) for drop in np.where(np.isnan(known), by_size, both)]
 
     def _outcome(self, structure: Structure) -> Outcome:
         assert structure.recovered is not None
-        plans = self._variants(structure) or [structure.plan]
-        table = structure.base.skeleton.price([priced(plan) for plan in plans])
-        costs = {name: float(np.min(getattr(table, name))) for name in self.context.costs}
-        return Outcome(structure.recovered.error - self.context.error, costs)
-
-    def _promoted(self) -> Structure | None:
-        """The structure whose longer training promises the most.
-
-        Each time that a search is given more time, structures may go one rung further up than before.
-        """
-        waiting = [
-            s
-            for s in self.structures.values()
-            if 1 <= s.rung <= self.context.clock.leg and not self._has_failed(s.key, s.rung + 1)
-        ]
-        if not waiting:
-            return None
-        present = [self._outcome(s) for s in self.structures.values()]
-        promised = []
-        for structure in waiting:
-            outcome = self._outcome(structure)
-            promised.append(Outcome(_promised(structure.rung) * outcome.drop, outcome.costs))
-        return waiting[self.context.gains.best(present, promised)[0]]
+        return Outcome(structure.recovered.error - self.context.error, structure.costs)
 
     # -------------------------------------------------------------------------------------------------- training
 
-    def _recover(self, structure: Structure, rung: int, steps: int, seconds: float | None) -> None:
-        """Recovers a structure for one rung, then delivers it in its number formats."""
+    def _take(self, turns: Sequence[Turn]) -> None:
+        """Recovers structures for one rung, side by side, then delivers each in its number formats."""
         context = self.context
-        trial, recipe = self.recipes.ask() if rung == 1 else (None, self.recipes.best())
-        expected = self._expected_error(structure)
-        try:
-            graph, weights = self._start(structure)
-            recovered = self.trainer.float_recovery(
-                graph,
-                weights,
-                recipe,
-                fresh=structure.base.fresh,
-                steps=steps if seconds is None else MAX_STEPS,
-                seconds=None if seconds is None else seconds * (1.0 - FORMATS_SHARE),
-                progress=Quiet(context.progress),
-                before=structure.recovered,
-            )
-        except OSError:
-            raise
-        except Exception as error:
+        seconds = None
+        if context.timed:
+            seconds = min(max(turn.seconds or 0.0 for turn in turns), self._available())
+            with context.delivery.stages.of("teacher"):
+                self.trainer.teacher.extend(LESSONS_SHARE * seconds)
+        asked = [self.recipes.ask() if turn.rung == 1 else (None, self.recipes.best()) for turn in turns]
+        jobs = [partial(self._train, turn, recipe, seconds) for turn, (_, recipe) in zip(turns, asked, strict=True)]
+        results = together(jobs, context.progress)
+        started = monotonic()
+        models: list[Model] = []
+        for turn, (trial, recipe), result in zip(turns, asked, results, strict=True):
+            models += self._note(turn, trial, recipe, result)
+        self._deliver(models)
+        self._delivering.append(monotonic() - started)
+
+    def _train(self, turn: Turn, recipe: Recipe, seconds: float | None, progress: Progress) -> Trained:
+        structure = turn.structure
+        graph, weights = self._start(structure)
+        recovered = self.trainer.float_recovery(
+            graph,
+            weights,
+            recipe,
+            fresh=structure.base.fresh,
+            steps=(STEPS_FIRST if turn.rung == 1 else STEPS_SECOND) if seconds is None else MAX_STEPS,
+            seconds=None if seconds is None else seconds * (1.0 - FORMATS_SHARE),
+            progress=progress,
+            before=structure.recovered,
+        )
+        before = structure.recovered
+        if before is not None and before.error <= recovered.error:
+            # Starting anew from the peak of the learning rate can lose more than a rung wins.
+            recovered = dataclasses.replace(before, steps=recovered.steps, seconds=recovered.seconds)
+        trained = dataclasses.replace(structure, recovered=recovered, rung=turn.rung)
+        return Trained(recovered, self._models(trained, None if seconds is None else seconds * FORMATS_SHARE, progress))
+
+    def _note(self, turn: Turn, trial: optuna.Trial | None, recipe: Recipe, result: Trained | Exception) -> list[Model]:
+        """Keeps what a turn came to and lets the forecasts learn from it; gives the models to deliver."""
+        context, structure, rung = self.context, turn.structure, turn.rung
+        expected = None if structure.divergence is None and rung == 1 else context.error + turn.drop
+        if rung == 1:
+            self.done.entered += 1
+        else:
+            self.done.promoted += 1
+        if isinstance(result, Exception):
             # Whatever it is, it is this structure's: the others are recovered all the same.
-            context.delivery.fail(f"{structure.id}-rung{rung}", error)
+            context.delivery.fail(f"{structure.id}-rung{rung}", result)
             if trial is not None:
-                self.recipes.tell(trial, None, structure.key, reason_of(error))
-            self.rungs.add(self._row(structure, rung, recipe, expected, None, reason_of(error)))
+                self.recipes.tell(trial, None, structure.key, reason_of(result))
+            self.rungs.add(self._row(structure, rung, recipe, expected, None, reason_of(result)))
             context.progress.advance()
-            return
+            return []
+        recovered, before = result.recovered, structure.recovered
         path = context.run / ".work" / "recovered" / f"{structure.key}-{rung}.safetensors"
-        climbed = Climbed(structure.plan, structure.divergence, rung, context.clock.leg, structure.source)
-        save_recovered(recovered, climbed, path)
+        save_recovered(recovered, Climbed(structure.plan, structure.divergence, rung, context.clock.leg), path)
         if trial is not None:
-            self.recipes.tell(trial, self._open_share(structure, recovered), structure.key)
-        if structure.divergence is not None and rung == 1:
-            self.forecasts[structure.source].add(structure.divergence, recovered.error - context.error)
+            self.recipes.tell(trial, self._open_share(turn, recovered), structure.key)
+        steps, taken = (
+            (recovered.steps, recovered.seconds)
+            if before is None
+            else (recovered.steps - before.steps, recovered.seconds - before.seconds)
+        )
+        if steps:
+            self._paces.append(taken / steps / structure.work)
+        self._observe(structure, recovered, rung)
         structure.recovered, structure.rung = recovered, rung
         self.structures[structure.key] = structure
         self.rungs.add(self._row(structure, rung, recipe, expected, recovered))
-        self._export(structure, None if seconds is None else seconds * FORMATS_SHARE)
-        context.progress.advance()
-        spec = structure.base.spec
         logger.info(
-            "rung %d of %s (%s): %d steps, validation error %.4f (original %.4f)",
-            rung, structure.key, spec.kind if spec.kind == "original" else spec, recovered.steps, recovered.error,
-            context.error,
+            "rung %d of %s (%.3f of the MACs, %.3f of the parameters, %d blocks fewer): %d steps, validation error "
+            "%.4f, %.4f expected (original %.4f)",
+            rung, structure.id, structure.macs, structure.parameters, len(structure.dropped), recovered.steps,
+            recovered.error, context.error + turn.drop, context.error,
         )  # fmt: skip
-
-    def _expected_error(self, structure: Structure) -> float | None:
-        """The validation error a structure is chosen for: of a first rung by the forecast, of a second by the first."""
-        base = self.context.error
-        if structure.recovered is not None:
-            return base + _promised(structure.rung) * (structure.recovered.error - base)
-        if structure.divergence is None:
-            return None
-        return base + self._forecast(structure)
+        context.progress.advance()
+        return [Model(structure, plan, made) for plan, made in result.models]
 
     def _row(
         self,
@@ -465,24 +499,29 @@ class Climber:
     def _start(self, structure: Structure) -> tuple[ModelGraph, Mapping[str, torch.Tensor]]:
         """Graph and float weights a recovery begins with."""
         base, original = structure.base, self.context.original
-        if structure.source == "shared" and self.shared is not None:
-            return self.shared.cut(structure.plan)
         if base.weights is not None and base is not original:
             return base.graph, base.weights
+        parent = self._parent(structure)
+        if parent is not None and parent.recovered is not None and structure.recovered is None:
+            keep = {g.id: structure.plan.groups.get(g.id, g.size) for g in base.graph.groups}
+            recovered = parent.recovered
+            return narrowed(
+                recovered.graph, recovered.weights, keep, structure.dropped - parent.dropped, self.trainer.calibration
+            )
         floats = {layer.name: LayerPlan() for layer in original.graph.compressible}
         plan = CompressionPlan(groups=structure.plan.groups, layers=floats)
         compressed = self.context.evaluator.build(complete(original.graph, plan))
-        if isinstance(base.spec, Student):
-            graph = drop_blocks(compressed.graph, base.spec.dropped)
-            return graph, {name: compressed.weights[name] for name in graph.weight_names()}
-        return compressed.graph, compressed.weights
+        graph = drop_blocks(compressed.graph, structure.dropped)
+        return graph, {name: compressed.weights[name] for name in graph.weight_names()}
 
-    def _open_share(self, structure: Structure, recovered: Recovered) -> float:
-        """The quality gap that stays, against the one expected for this structure: comparable between structures."""
-        gap = max(recovered.error - self.context.error, 0.0)
-        if structure.divergence is None:
-            return gap / 0.02
-        return gap / max(self._forecast(structure), 1e-3)
+    def _parent(self, structure: Structure) -> Structure | None:
+        """The smallest recovered structure that contains this one: what it has learned is kept."""
+        parents = [s for s in self.structures.values() if s.key != structure.key and s.contains(structure)]
+        return min(parents, key=lambda s: (s.macs, s.parameters), default=None)
+
+    def _open_share(self, turn: Turn, recovered: Recovered) -> float:
+        """The loss of quality against the one expected of this structure: comparable between structures."""
+        return max(recovered.error - self.context.error, 0.0) / max(turn.drop, 1e-3)
 
     # -------------------------------------------------------------------------------------------------- delivery
 
@@ -498,31 +537,53 @@ class Climber:
                 kept.append(plan.model_copy(update={"base": structure.base.spec}))
         return kept
 
-    def _export(self, structure: Structure, seconds: float | None) -> None:
-        """Delivers a recovered structure in each of its number formats; those delivered before are left as they are."""
+    def _models(
+        self, structure: Structure, seconds: float | None, progress: Progress
+    ) -> list[tuple[CompressionPlan, CompressedModel | Exception]]:
+        """A recovered structure in each of the number formats that it is worth delivering in and was not yet.
+
+        Args:
+            structure: that was recovered.
+            seconds: for training with formats simulated; None where steps are counted.
+            progress: advanced at every step.
+        """
         context, recovered = self.context, structure.recovered
         assert recovered is not None
-        names = []
         plans = self._variants(structure)
+        if context.timed:
+            plans = self._promising(structure, plans)
         low = max(1, sum(_low_bits(plan) for plan in plans))
+        found: list[tuple[CompressionPlan, CompressedModel | Exception]] = []
         for plan in plans:
             recipe = recovered.recipe.model_copy(update={"steps": recovered.steps})
             plan = plan.model_copy(update={"recipe": recipe})
             name = name_of(plan)
             if name in context.delivery.points or name in context.delivery.failures:
                 continue
+            try:
+                model = self.trainer.to_formats(
+                    recovered,
+                    plan,
+                    steps=STEPS_FORMATS if seconds is None else MAX_STEPS,
+                    seconds=None if seconds is None else seconds / low,
+                    progress=progress,
+                )
+            except OSError:
+                raise
+            except Exception as error:
+                found.append((plan, error))
+            else:
+                found.append((plan, model))
+        return found
 
-            def make(plan: CompressionPlan = plan) -> CompressedModel:
-                with context.delivery.stages.of("formats"):
-                    return self.trainer.to_formats(
-                        recovered,
-                        plan,
-                        steps=STEPS_FORMATS if seconds is None else MAX_STEPS,
-                        seconds=None if seconds is None else seconds / low,
-                        progress=Quiet(context.progress),
-                    )
-
-            if context.delivery.add(name, make, structure.base.skeleton.estimate(priced(plan))):
+    def _deliver(self, models: Sequence[Model]) -> None:
+        """Exports and times models, and publishes the front that they give."""
+        context = self.context
+        names = []
+        for model in models:
+            name = name_of(model.plan)
+            estimate = model.structure.base.skeleton.estimate(priced(model.plan))
+            if context.delivery.add(name, model.get, estimate):
                 names.append(name)
         if names:
             context.delivery.measure(names, MEASURE_S)
@@ -531,6 +592,24 @@ class Climber:
             context.progress.note(front=front, hypervolume=front.search.hypervolume)
             context.note_time()
 
+    def _promising(self, structure: Structure, plans: Sequence[CompressionPlan]) -> list[CompressionPlan]:
+        """Those format assignments that may add something to what was delivered: exporting and timing is not free."""
+        if not plans:
+            return []
+        context, skeleton = self.context, structure.base.skeleton
+        points = context.delivery.points
+        original = Delivery.costs(points[ORIGINAL])
+        delivered = [
+            Outcome(context.delivery.drop_of(point) / 100.0, self._relative(point, original))
+            for name, point in points.items()
+            if name != ORIGINAL
+        ]
+        drop = max(self._outcome(structure).drop - FORMAT_DOUBT, 0.0)
+        gains = context.gains.each(delivered, [Outcome(drop, prices(skeleton, priced(plan))) for plan in plans])
+        order = sorted(range(len(plans)), key=lambda i: -gains[i])
+        low = [i for i in order if _low_bits(plans[i])][: LOW_BITS_FIRST if structure.rung == 1 else LOW_BITS_LATER]
+        return [plan for i, plan in enumerate(plans) if gains[i] > 0.0 and (i in low or not _low_bits(plan))]
+
     def _learn(self, names: Sequence[str]) -> None:
         """Prices follow what the delivered models were measured at; students are priced like the original."""
         context = self.context
@@ -538,13 +617,8 @@ class Climber:
             for base in self._bases.values():
                 if base is not None:
                     base.skeleton.adopt(context.original.skeleton)
-            self.scored = context.repriced(self.scored)
+            reprice(context, [*self.structures.values(), *self._waiting])
 
 
 def _low_bits(plan: CompressionPlan) -> bool:
     return any(f.storage.scheme == "affine" and f.storage.bits < FINE_BITS for f in plan.layers.values())
-
-
-def _promised(rung: int) -> float:
-    """The share of its gap that a structure is expected to keep when it goes one rung up: half of it at first."""
-    return 1.0 - 0.5 / rung

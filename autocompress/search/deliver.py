@@ -103,7 +103,8 @@ class Delivery:
             self.uppers[path.parent.name] = facts["latency_upper_ms"]
             self.bounds[path.parent.name] = facts.get("bounds", {})
             for split in ("validation", "test"):
-                self._scores[path.parent.name, split] = np.load(path.parent / f"{split}.npy").astype(np.float64)
+                if (path.parent / f"{split}.npy").is_file():
+                    self._scores[path.parent.name, split] = np.load(path.parent / f"{split}.npy").astype(np.float64)
 
     # --------------------------------------------------------------------------------------------- exporting
 
@@ -168,23 +169,8 @@ class Delivery:
         if problems:
             raise NotAsPlannedError("; ".join(problems))
         save_checkpoint(compressed, folder)
-        session = runtime.session(artifact, threads=min(2, torch.get_num_threads()))
-        for split in ("validation", "test"):
-            data = self.task.split(split)
-            batches = (data.batch(slice(i, i + BATCH)).inputs[0].numpy() for i in range(0, len(data), BATCH))
-            outputs = torch.from_numpy(run_batches(session, batches))
-            unknown = int(outputs.isnan().reshape(len(outputs), -1).any(1).sum())
-            if unknown:
-                raise FloatingPointError(f"its outputs are not numbers on {unknown} of {len(data)} {split} samples")
-            scores = self.task.score(outputs, data.targets).double().numpy()
-            if not np.isfinite(scores).all():
-                raise FloatingPointError(f"its scores are no finite numbers on the {split} split")
-            np.save(folder / f"{split}.npy", scores.astype(np.float32))
-            self._scores[name, split] = scores
-            if split == "validation":
-                agreement = self._agreement(compressed, outputs)
-        test = self._scores[name, "test"]
-        reference = self._scores.get((ORIGINAL, "test"))
+        outputs = self._score(name, "validation", folder)
+        agreement = self._agreement(compressed, outputs)
         costs = estimate.costs if estimate is not None else {}
         latency = costs.get("latency_ms")
         memory, energy = costs.get("peak_memory_bytes"), costs.get("energy_mj")
@@ -192,12 +178,7 @@ class Delivery:
         self.points[name] = FrontPoint(
             id=name,
             plan=compressed.plan,
-            quality=Quality(
-                validation=float(self._scores[name, "validation"].mean()),
-                test=float(test.mean()),
-                test_ci95=interval(test),
-                drop_ci95=None if reference is None else paired_drop(reference, test),
-            ),
+            quality=Quality(validation=float(self._scores[name, "validation"].mean())),
             latency_ms=Latency(
                 predicted=None if latency is None else latency.value,
                 measured=None,
@@ -217,6 +198,34 @@ class Delivery:
         final = self._work / name
         shutil.rmtree(final, ignore_errors=True)
         folder.rename(final)
+
+    def _score(self, name: str, split: str, folder: Path) -> torch.Tensor:
+        """Runs a file over a split and keeps the scores beside it; gives its outputs."""
+        runtime = runtime_here(self.target.runtime)
+        session = runtime.session(folder / "model.onnx", threads=min(2, torch.get_num_threads()))
+        data = self.task.split(split)
+        batches = (data.batch(slice(i, i + BATCH)).inputs[0].numpy() for i in range(0, len(data), BATCH))
+        outputs = torch.from_numpy(run_batches(session, batches))
+        unknown = int(outputs.isnan().reshape(len(outputs), -1).any(1).sum())
+        if unknown:
+            raise FloatingPointError(f"its outputs are not numbers on {unknown} of {len(data)} {split} samples")
+        scores = self.task.score(outputs, data.targets).double().numpy()
+        if not np.isfinite(scores).all():
+            raise FloatingPointError(f"its scores are no finite numbers on the {split} split")
+        np.save(folder / f"{split}.npy", scores.astype(np.float32))
+        self._scores[name, split] = scores
+        return outputs
+
+    def _score_test(self, name: str) -> None:
+        """Scores a model that stands on the front on the test split, once."""
+        point = self.points[name]
+        if point.quality.test is None:
+            self._score(name, "test", self._work / name)
+            test, reference = self._scores[name, "test"], self._scores.get((ORIGINAL, "test"))
+            drop = None if reference is None or name == ORIGINAL else paired_drop(reference, test)
+            facts = {"test": float(test.mean()), "test_ci95": interval(test), "drop_ci95": drop}
+            self.points[name] = point.model_copy(update={"quality": point.quality.model_copy(update=facts)})
+            self._save(name)
 
     def _origin(self, compressed: CompressedModel) -> Provenance:
         names = {"task": self.task.name, "model": self.task.model_name}
@@ -315,7 +324,7 @@ class Delivery:
 
     def excess(self, point: FrontPoint) -> dict[str, float]:
         """By what share of each broken budget a measured point exceeds it."""
-        values = {**self.costs(point), "drop": self._drop(point)}
+        values = {**self.costs(point), "drop": self.drop_of(point)}
         values["latency_ms"] = self.uppers.get(point.id, latency_of(point) or np.inf)
         found = {}
         for name, limit in self.limits.items():
@@ -328,7 +337,8 @@ class Delivery:
                 )
         return found
 
-    def _drop(self, point: FrontPoint) -> float:
+    def drop_of(self, point: FrontPoint) -> float:
+        """Points of validation quality that a model lost against the original."""
         metric = self.task.metric
         lost = error_of(metric, point.quality.validation) - error_of(metric, self.points[ORIGINAL].quality.validation)
         return lost * (100.0 if metric.unit == "fraction" else 1.0)
@@ -400,6 +410,7 @@ class Delivery:
 
         Models that left the front are removed only after the new ``front.json`` stands.
         """
+        self._score_front()
         points, rejected = self.select()
         reference = self.points[ORIGINAL]
         baselines = [self.points[UNIFORM_INT8]] if UNIFORM_INT8 in self.points else []
@@ -436,6 +447,26 @@ class Delivery:
             if folder.name not in keep:
                 shutil.rmtree(folder)
         return front
+
+    def _score_front(self) -> None:
+        """Scores what stands on the front on the test split; a model that cannot be scored there leaves it."""
+        waiting = True
+        while waiting:
+            shown = [
+                *(name for name in (ORIGINAL, UNIFORM_INT8) if name in self.points),
+                *(p.id for p in self.select()[0]),
+            ]
+            waiting = False
+            for name in shown:
+                try:
+                    self._score_test(name)
+                except FloatingPointError as error:
+                    if name == ORIGINAL:
+                        raise UsageError(f"the original fails as exported: {error}") from error
+                    self.fail(name, error)
+                    del self.points[name]
+                    shutil.rmtree(self._work / name)
+                    waiting = True
 
     def _split_gap(self, points: Sequence[FrontPoint]) -> SplitGap | None:
         known = [p.id for p in points if (p.id, "test") in self._scores]
@@ -502,6 +533,6 @@ class Delivery:
         return (
             f"no compressed model keeps the budgets ({limits}); nearest: {nearest.id} with "
             f"{latency_of(nearest):.4g} ms{'' if self.present else ' predicted'}, "
-            f"{nearest.size_bytes / 1e6:.4g} MB and {self._drop(nearest):.2f} points of validation quality lost, which "
-            f"breaks {broken}"
+            f"{nearest.size_bytes / 1e6:.4g} MB and {self.drop_of(nearest):.2f} points of validation quality lost, "
+            f"which breaks {broken}"
         )

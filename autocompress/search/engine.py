@@ -61,7 +61,7 @@ from autocompress.tasks.base import Task, quality
 
 logger = logging.getLogger(__name__)
 
-SEARCH_SHARE = 0.15
+SEARCH_SHARE = 0.05
 """Share of the time after set-up that goes to stitched candidates; the rest recovers and delivers the best."""
 
 PREDICTION_MARGIN = 1.06
@@ -74,7 +74,7 @@ SAMPLER_TURN = 2
 SEED_SHARES = (1.0, 0.5)
 """Widths of the uniform plans that are evaluated whatever they promise; the others are in the pool of proposals."""
 
-STITCHED_DELIVERED = 5
+STITCHED_DELIVERED = 3
 NOTED_EVERY = 20
 
 

@@ -7,10 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from autocompress.search.ladder import best_gain, box
+import numpy as np
+
+from autocompress.search.ladder import box, gains_of
+from autocompress.search.scoring import DROP_SPAN
 
 WIDEST_DROP = 30.0
 """Points of quality at which a candidate is worth nothing to the front."""
+
+NEAR = 0.9
+"""Share of the drop's axis up to the span of the hypervolume that is reported."""
 
 DROP_DOUBT = 0.5
 """Standard deviation of the logarithm of a predicted drop: by how much formats and training move it."""
@@ -54,19 +60,20 @@ class Gains:
 
     def best(self, present: Sequence[Outcome], candidates: Sequence[Outcome]) -> tuple[int, float]:
         """The candidate that adds the most to what is present, and how much; not positive where none adds anything."""
+        gains = self.each(present, candidates)
+        index = int(np.argmax(gains))
+        return index, gains[index]
+
+    def each(self, present: Sequence[Outcome], candidates: Sequence[Outcome]) -> list[float]:
+        """What each candidate alone adds to what is present."""
         if not self.axes:
-            index = min(range(len(candidates)), key=lambda i: candidates[i].drop)
             least = min((outcome.drop for outcome in present), default=1.0)
-            return index, least - candidates[index].drop
+            return [least - candidate.drop for candidate in candidates]
         if self.quality:
-            return best_gain([self._row(o) for o in present], [self._row(o) for o in candidates])
+            return gains_of([self._row(o) for o in present], [self._row(o) for o in candidates])
         kept = [self._savings(o) for o in present if self.chance(o.drop) >= 0.5]
-        best, most = 0, 0.0
-        for index, candidate in enumerate(candidates):
-            gain = best_gain(kept, [self._savings(candidate)])[1] * self.chance(candidate.drop)
-            if gain > most:
-                best, most = index, gain
-        return best, most
+        gains = gains_of(kept, [self._savings(o) for o in candidates])
+        return [gain * self.chance(candidate.drop) for gain, candidate in zip(gains, candidates, strict=True)]
 
     def chance(self, drop: float) -> float:
         """How likely a model keeps the budget on the drop that is expected to lose ``drop``, a fraction."""
@@ -76,10 +83,12 @@ class Gains:
         return NormalDist().cdf((math.log(limit) - math.log(max(drop, LEAST_DROP))) / DROP_DOUBT)
 
     def _row(self, outcome: Outcome) -> list[float]:
-        """The drop counts by its root, so that the cheap end of a front counts too."""
-        span = min(WIDEST_DROP if self.drop_limit is None else self.drop_limit, WIDEST_DROP) or 1.0
-        rooted = math.sqrt(max(outcome.drop, 0.0) * 100.0 / span) * span / 100.0
-        return box(rooted, self._known(outcome), self.reference, span)
+        """The drop counts as in the hypervolume that is reported, with a little room beyond for what is cheaper yet."""
+        points = 100.0 * max(outcome.drop, 0.0)
+        if self.drop_limit is not None:
+            return box(outcome.drop, self._known(outcome), self.reference, self.drop_limit or 1.0)
+        axis = float(np.interp(points, [0.0, DROP_SPAN, WIDEST_DROP], [0.0, NEAR, 1.0]))
+        return box(axis / 100.0, self._known(outcome), self.reference, 1.0)
 
     def _savings(self, outcome: Outcome) -> list[float]:
         return box(0.0, self._known(outcome), self.reference, 1.0)[1:]

@@ -84,13 +84,13 @@ def cost_axes(costs: np.ndarray, names: Sequence[str], reference: Mapping[str, f
     return np.asarray(1.0 - np.minimum(gains, 1.0))
 
 
-def best_gain(present: Sequence[Sequence[float]], candidates: Sequence[Sequence[float]]) -> tuple[int, float]:
-    """The candidate that adds the most hypervolume to the points present, and how much."""
+def gains_of(present: Sequence[Sequence[float]], candidates: Sequence[Sequence[float]]) -> list[float]:
+    """The hypervolume that each candidate alone adds to the points present."""
+    if not candidates:
+        return []
     corner = [1.0] * len(candidates[0])
     base = hypervolume(np.array(present).reshape(-1, len(corner)), corner)
-    gains = [hypervolume(np.array([*present, c]), corner) - base for c in candidates]
-    index = int(np.argmax(gains))
-    return index, gains[index]
+    return [hypervolume(np.array([*present, c]), corner) - base for c in candidates]
 
 
 class RecipeStudy:

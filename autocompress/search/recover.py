@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +17,7 @@ from torch import nn
 
 from autocompress.graph.executor import GraphModule
 from autocompress.methods.compressed import CompressedModel, not_finite
-from autocompress.methods.distillation import TeacherData, distill, mixed_precision_pays
+from autocompress.methods.distillation import TeacherData, distill, mixed_precision_pays, step_time
 from autocompress.methods.recovery import add_norms, fold_norms, quantize_aware, storage_bits
 from autocompress.methods.rounding import FINE_BITS
 from autocompress.plan import CompressionPlan, ModelGraph, Recipe
@@ -26,9 +25,6 @@ from autocompress.progress import Progress
 from autocompress.tasks.base import Task, quality
 
 logger = logging.getLogger(__name__)
-
-Source = Literal["database", "shared"]
-"""What a recovery starts from: stitched from the database of layers, or cut from shared weights."""
 
 FRESH_LEARNING_RATE = 3.0
 """How much faster fresh weights learn than inherited ones."""
@@ -123,6 +119,12 @@ class Trainer:
             recipe,
         )
 
+    def step_seconds(self, graph: ModelGraph, weights: Mapping[str, torch.Tensor]) -> float:
+        """How long a training step of a model takes here and now."""
+        module = GraphModule(graph, weights)
+        add_norms(module, self.calibration[:1])
+        return step_time(module, self.teacher.split.batch(slice(0, self.batch_size)).inputs[0])
+
     def to_formats(
         self, recovered: Recovered, plan: CompressionPlan, *, steps: int, seconds: float | None, progress: Progress
     ) -> CompressedModel:
@@ -169,15 +171,13 @@ class Trainer:
 class Climbed:
     """What a file of a recovery says of itself: enough to go on with it in another process.
 
-    ``leg`` says in which leg of the run it was made: the first, or one that was given more time; ``source``, what its
-    training started from.
+    ``leg`` says in which leg of the run it was made: the first, or one that was given more time.
     """
 
     plan: CompressionPlan
     divergence: float | None
     rung: int
     leg: int = 1
-    source: Source = "database"
 
 
 def save_recovered(recovered: Recovered, climbed: Climbed, path: Path) -> None:
@@ -192,7 +192,6 @@ def save_recovered(recovered: Recovered, climbed: Climbed, path: Path) -> None:
         "divergence": climbed.divergence,
         "rung": climbed.rung,
         "leg": climbed.leg,
-        "source": climbed.source,
     }
     temporary = path.with_suffix(".part")
     save_file(
@@ -216,9 +215,7 @@ def load_recovered(path: Path) -> tuple[Recovered, Climbed] | None:
             Recipe.model_validate(facts["recipe"]),
         )
         plan = CompressionPlan.model_validate(facts["plan"])
-        return recovered, Climbed(
-            plan, facts["divergence"], facts["rung"], facts.get("leg", 1), facts.get("source", "database")
-        )
+        return recovered, Climbed(plan, facts["divergence"], facts["rung"], facts.get("leg", 1))
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         logger.warning("%s is unreadable and will be made again (%s)", path, error)
         return None

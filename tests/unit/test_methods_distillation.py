@@ -36,7 +36,7 @@ def split() -> TensorSplit:
 
 @pytest.fixture(scope="module")
 def data(split: TensorSplit) -> TeacherData:
-    return teach(net(0), split, mirror=True, progress=SilentProgress(), batch_size=40)
+    return teach(net(0), split, mirror=True, progress=SilentProgress())
 
 
 def train(module: GraphModule, data: TeacherData, recipe: Recipe, steps: int = 60, **options: object) -> int:
@@ -53,7 +53,13 @@ def train(module: GraphModule, data: TeacherData, recipe: Recipe, steps: int = 6
 def distance(module: GraphModule, data: TeacherData) -> float:
     with torch.no_grad():
         outputs = module(data.split.inputs).float()
-        return float(distillation_loss(outputs, data.split.targets, data.logits[0], Recipe(alpha=1.0), F.cross_entropy))
+        plain = in_order(data, data.logits)[:96]
+        return float(distillation_loss(outputs, data.split.targets, plain, Recipe(alpha=1.0), F.cross_entropy))
+
+
+def in_order(data: TeacherData, answers: torch.Tensor) -> torch.Tensor:
+    """What the teacher said of each sample as it is, then of each mirrored one."""
+    return answers[data.order.argsort()]
 
 
 def test_the_teacher_is_asked_once_for_each_view(split: TensorSplit, data: TeacherData) -> None:
@@ -62,30 +68,48 @@ def test_the_teacher_is_asked_once_for_each_view(split: TensorSplit, data: Teach
     with torch.no_grad():
         plain, mirrored = teacher(split.inputs), teacher(split.inputs.flip(-1))
     # bfloat16 may be used where the processor has it
-    torch.testing.assert_close(data.logits, torch.stack([plain, mirrored]), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(in_order(data, data.logits), torch.cat([plain, mirrored]), rtol=0.05, atol=0.05)
     assert data.features is not None
-    assert data.features.shape == (2, 96, 8)
+    assert data.features.shape == (192, 8)
     seen = dict(teacher.taps)
     single = teach(teacher, split, mirror=False, progress=SilentProgress())
-    assert single.logits.shape[0] == 1
+    assert len(single.logits) == 96
     assert teacher.taps == seen
 
 
-def test_batches_pair_samples_with_their_view(split: TensorSplit, data: TeacherData) -> None:
-    exact = TeacherData(split, torch.arange(192.0).view(2, 96, 1), None)
-    batches = exact.batches(40, torch.Generator().manual_seed(0))
+def test_batches_pair_samples_with_their_view_and_answer(split: TensorSplit, data: TeacherData) -> None:
+    batches = data.batches(40, torch.Generator().manual_seed(0))
+    teacher = net(0)
     views = set()
     for _ in range(4):
         inputs, targets, logits, features = next(batches)
-        assert features.shape == (40, 0)
-        for image, target, answer in zip(inputs, targets, logits, strict=True):
-            view, sample = divmod(int(answer), 96)
-            views.add(view)
-            wanted = split.inputs[sample].flip(-1) if view else split.inputs[sample]
-            assert torch.equal(image, wanted)
+        with torch.no_grad():
+            torch.testing.assert_close(logits, teacher(inputs), rtol=0.05, atol=0.05)
+        assert features.shape == (40, 8)
+        for image, target in zip(inputs, targets, strict=True):
+            plain = [int(n) for n in range(96) if torch.equal(image, split.inputs[n])]
+            mirrored = [int(n) for n in range(96) if torch.equal(image, split.inputs[n].flip(-1))]
+            views.add(bool(mirrored))
+            (sample,) = plain or mirrored
             assert target == split.targets[sample]
-    assert views == {0, 1}
-    assert len(next(data.batches(1000, torch.Generator()))[1]) == 96  # no more than there are
+    assert views == {False, True}
+    assert len(next(data.batches(1000, torch.Generator()))[1]) == 192  # no more than there are
+
+
+def test_a_teacher_asked_bit_by_bit_says_the_same(split: TensorSplit, data: TeacherData) -> None:
+    teacher = net(0)
+    bits = TeacherData(teacher, split, mirror=True, batch_size=50)
+    bits.extend(seconds=0.0)
+    assert bits.known == len(bits.logits) == 50
+    assert not bits.complete
+    (batch,) = [next(bits.batches(1000, torch.Generator().manual_seed(0)))]
+    assert len(batch[0]) == 50  # only what is known is trained on
+    while not bits.complete:
+        bits.extend(seconds=0.0)
+    bits.extend()
+    torch.testing.assert_close(bits.logits, data.logits, rtol=0.05, atol=0.05)
+    assert bits.features is not None
+    torch.testing.assert_close(bits.features, data.features, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(alpha=0.5, temperature=1.0), Recipe(feature_weight=1.0)])

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import torch
-
-from autocompress.graph.read import read_model
 from autocompress.plan import CompressionPlan, Recipe, Student
-from autocompress.search.bases import student_specs
-from autocompress.tasks.models import resnet20
+from autocompress.search.bases import fresh_specs, shallow_specs
 
 
 def test_the_least_harmful_blocks_leave_first_and_the_shallowest_comes_first() -> None:
-    graph, _ = read_model(resnet20(channels=1).eval(), (torch.rand(2, 1, 16, 16),))
-    harms = {f"layer{stage}.{block}": 10.0 * stage + block for stage in (1, 2, 3) for block in (0, 1, 2)}
-    specs = student_specs(graph, harms.__getitem__, [0.5], [0.34, 0.67], ["inherit", "fresh"])
-    assert specs[0] == Student(
-        width=1.0, depth=0.34, dropped=("layer1.0", "layer1.1", "layer1.2", "layer2.1", "layer2.2")
+    blocks = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in (0, 1, 2)][:7]
+    specs = shallow_specs(blocks, [0.67, 0.34, 0.0, 0.35])
+    assert [len(spec.dropped) for spec in specs] == [7, 5, 2]
+    assert specs[1] == Student(
+        width=1.0, depth=1 - 5 / 7, dropped=("layer1.0", "layer1.1", "layer1.2", "layer2.0", "layer2.1")
     )
-    assert Student(width=1.0, depth=0.67, dropped=("layer1.0", "layer1.1")) in specs
-    assert Student(width=0.5, init="fresh") in specs
-    assert len(specs) == len(set(specs)) == 5
 
 
-def test_no_depths_no_shallow_students() -> None:
-    graph, _ = read_model(resnet20(channels=1).eval(), (torch.rand(2, 1, 16, 16),))
-    assert student_specs(graph, lambda name: 0.0, [0.5], [], ["inherit"]) == []
+def test_no_blocks_no_shallow_students() -> None:
+    assert shallow_specs([], [0.0, 0.5]) == []
+    assert shallow_specs(["layer1.0"], []) == []
+    assert shallow_specs(["layer1.0"], [1.0]) == []
+
+
+def test_fresh_students_come_widest_first() -> None:
+    assert [spec.width for spec in fresh_specs([0.25, 0.5])] == [0.5, 0.25]
+    assert all(spec.init == "fresh" for spec in fresh_specs([0.25, 0.5]))
 
 
 def test_a_changed_copy_of_a_plan_has_a_digest_of_its_own() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autocompress.search.gains import Gains, Outcome
-from autocompress.search.ladder import best_gain, box
+from autocompress.search.ladder import box, gains_of
 
 REFERENCE = {"latency_ms": 1.0, "size_bytes": 1e6, "macs": 1e6, "peak_memory_bytes": 1e5, "energy_mj": 1.0}
 AXES = ("latency_ms", "size_bytes")
@@ -17,11 +17,19 @@ def outcome(drop: float, **costs: float) -> Outcome:
 
 def test_with_quality_traded_off_a_gain_is_hypervolume_in_the_box() -> None:
     gains = Gains(("latency_ms",), True, REFERENCE, drop_limit=10.0)
-    fast, faster = outcome(0.025, latency_ms=0.5), outcome(0.1, latency_ms=0.25)
-    # The drop counts by its root: a quarter of the span is half of the axis.
-    row = box(0.05, {"latency_ms": 0.5}, REFERENCE, 10.0)
-    assert gains.best([], [fast, faster]) == (0, pytest.approx(best_gain([], [row])[1]))
+    fast, faster = outcome(0.025, latency_ms=0.5), outcome(0.09, latency_ms=0.25)
+    rows = [box(0.025, {"latency_ms": 0.5}, REFERENCE, 10.0), box(0.09, {"latency_ms": 0.25}, REFERENCE, 10.0)]
+    assert gains.each([], [fast, faster]) == pytest.approx(gains_of([], rows))
+    assert gains.best([], [fast, faster]) == (0, pytest.approx(0.75 / 3))
     assert gains.best([fast], [fast])[1] == 0.0
+
+
+def test_without_a_budget_on_the_drop_more_than_the_box_holds_counts_a_little() -> None:
+    gains = Gains(("latency_ms",), True, REFERENCE)
+    near, far, lost = (gains.each([], [outcome(drop, latency_ms=0.125)])[0] for drop in (0.05, 0.2, 0.4))
+    assert near == pytest.approx(0.55)
+    assert 0.0 < far < 0.1
+    assert lost == 0.0
 
 
 def test_what_is_not_named_costs_as_much_as_the_original() -> None:

@@ -1,0 +1,180 @@
+"""What may be recovered: sets of widths of the original and of shallower models, priced, and which contain which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autocompress.graph.blocks import find_blocks
+from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Original, Student
+from autocompress.search.bases import Base, fresh_specs, shallow_specs
+from autocompress.search.context import Context, priced
+from autocompress.search.recover import Recovered
+
+SHARES = (1.0, 0.75, 0.625, 0.5, 0.375, 0.25, 0.1875, 0.125)
+"""Widths of the middle of a student, as shares of the original's channels."""
+
+TAPERS = (0.5, 1.0, 2.0, 4.0)
+"""How much wider the last layers are than the first, relative to the original."""
+
+Bases = Callable[[Original | Student], Base | None]
+
+
+@dataclass
+class Structure:
+    """A set of widths on its way up the ladder.
+
+    Attributes:
+        base: what its plan refers to.
+        plan: the widths; formats where the candidate was judged in some.
+        costs: the least of each predicted cost over the formats it may be delivered in.
+        macs: multiply-accumulates as a share of the original's.
+        parameters: likewise.
+        work: time of a training step, likewise, as far as it follows from layers and activations.
+        divergence: of what is stitched for it; None where nothing was.
+        recovered: its weights after the last rung.
+        rung: how often it was trained.
+    """
+
+    base: Base
+    plan: CompressionPlan
+    costs: Mapping[str, float]
+    macs: float
+    parameters: float
+    work: float
+    divergence: float | None = None
+    recovered: Recovered | None = None
+    rung: int = 0
+
+    @property
+    def key(self) -> str:
+        return self.plan.shape_digest
+
+    @property
+    def id(self) -> str:
+        """What tables call it."""
+        return id_of(self.key)
+
+    @property
+    def kind(self) -> str:
+        """What it starts from: the original, a student, or one with fresh weights."""
+        return "fresh" if self.base.fresh else self.base.spec.kind
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """The residual blocks that it has not."""
+        return frozenset(self.base.spec.dropped) if isinstance(self.base.spec, Student) else frozenset()
+
+    def contains(self, other: Structure) -> bool:
+        """Whether the other is this one with blocks and channels left out."""
+        if self.base.fresh or other.base.fresh or not self.dropped <= other.dropped:
+            return False
+        own, groups = self.plan.groups, {group.id: group.size for group in other.base.graph.groups}
+        return all(own.get(name, size) >= other.plan.groups.get(name, size) for name, size in groups.items())
+
+
+def id_of(key: str) -> str:
+    """What tables call a structure, of whose key they show the beginning."""
+    return f"s{key[:7]}"
+
+
+def students(context: Context, bases: Bases, harm: Callable[[str], float]) -> list[Structure]:
+    """Shallower models at many widths, none of them judged; the least harmful residual blocks leave first.
+
+    Args:
+        context: of the run.
+        bases: makes the base that a student stands for; None where it cannot be built.
+        harm: how much the original suffers when one residual block leaves.
+    """
+    offered = context.space.students
+    if "inherit" not in offered.init or not (offered.depths or offered.widths):
+        return []
+    blocks = sorted((block.name for block in find_blocks(context.original.graph)), key=harm)
+    options = {knob.group: [o.keep for o in knob.options if o.keep] for knob in context.menu.knobs if knob.group}
+    found: dict[str, Structure] = {}
+    for spec in shallow_specs(blocks, offered.depths):
+        base = bases(spec)
+        if base is None:
+            continue
+        plans = [CompressionPlan(base=spec, groups=groups) for groups in _widths(base.graph, options)]
+        for structure in structures_of(context, base, plans):
+            found.setdefault(structure.key, structure)
+    return list(found.values())
+
+
+def fresh_students(context: Context, bases: Bases) -> list[Structure]:
+    """Narrower models with weights of their own, the widest first."""
+    offered = context.space.students
+    found = []
+    for spec in fresh_specs(offered.widths) if "fresh" in offered.init else []:
+        base = bases(spec)
+        if base is not None:
+            found += structures_of(context, base, [CompressionPlan(base=spec)])
+    return found
+
+
+def _widths(graph: ModelGraph, options: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
+    """Channels of each group, of those on offer: every share of ``SHARES`` with every taper."""
+    made = {name: place for place, layer in enumerate(graph.layers) for name in layer.weights}
+    first = {
+        group.id: min((made[m.tensor] for m in group.members if m.tensor in made), default=0) for group in graph.groups
+    }
+    places = {name: place / max(len(first) - 1, 1) for place, name in enumerate(sorted(first, key=lambda g: first[g]))}
+    for share in SHARES:
+        for taper in TAPERS:
+            found = {}
+            for group in graph.groups:
+                wanted = group.size * share * taper ** (places[group.id] - 0.5)
+                found[group.id] = min(options.get(group.id, [group.size]), key=lambda keep: abs(keep - wanted))
+            yield found
+
+
+def structures_of(context: Context, base: Base, plans: Sequence[CompressionPlan]) -> list[Structure]:
+    """Plans of one base as structures."""
+    whole = context.original.skeleton.price([CompressionPlan()])
+    table = base.skeleton.price([_with(plan, LayerPlan(), context, base) for plan in plans])
+    macs, parameters = table.macs / whole.macs[0], table.size_bytes / whole.size_bytes[0]
+    original = context.original.graph
+    layers = len(base.graph.compressible) / len(original.compressible)
+    activations = [_activations(base.graph, plan.groups) / _activations(original, {}) for plan in plans]
+    return [
+        Structure(base, plan, costs, float(macs[i]), float(parameters[i]), 0.5 * layers + 0.5 * activations[i])
+        for i, (plan, costs) in enumerate(zip(plans, _least_costs(context, base, plans), strict=True))
+    ]
+
+
+def _activations(graph: ModelGraph, keep: Mapping[str, int]) -> float:
+    """Numbers that the weight layers give for one sample."""
+    sizes = {layer.outputs[0]: float(graph.tensors[layer.outputs[0]].elements) for layer in graph.compressible}
+    for group in graph.groups:
+        for member in group.members:
+            if member.role == "activation" and member.tensor in sizes:
+                sizes[member.tensor] *= keep.get(group.id, group.size) / group.size
+    return sum(sizes.values())
+
+
+def reprice(context: Context, structures: Sequence[Structure]) -> None:
+    """Brings costs up to what is predicted now."""
+    for base in {id(s.base): s.base for s in structures}.values():
+        own = [s for s in structures if s.base is base]
+        for structure, costs in zip(own, _least_costs(context, base, [s.plan for s in own]), strict=True):
+            structure.costs = costs
+
+
+def _least_costs(context: Context, base: Base, plans: Sequence[CompressionPlan]) -> list[dict[str, float]]:
+    """The least of each predicted cost of each plan, over the formats that all layers can share."""
+    table = base.skeleton.price([_with(plan, form, context, base) for plan in plans for form in context.menu.formats])
+    columns = {name: np.asarray(getattr(table, name)).reshape(len(plans), -1).min(axis=1) for name in context.costs}
+    return [{name: float(column[i]) for name, column in columns.items()} for i in range(len(plans))]
+
+
+def _with(plan: CompressionPlan, form: LayerPlan, context: Context, base: Base) -> CompressionPlan:
+    """The plan with one format in all layers that may take it, and floating point in the others."""
+    formats = context.formats
+    layers = {
+        layer.name: form if form in formats.get(layer.name, (form,)) else LayerPlan()
+        for layer in base.graph.compressible
+    }
+    return priced(plan).model_copy(update={"layers": layers})
