@@ -26,6 +26,7 @@ from pathlib import Path
 import pandas as pd
 
 from autocompress.plan import Front
+from benchmarks.ablations import ABLATIONS
 from benchmarks.search_curves import TASK, curve
 from benchmarks.search_page import FOLDER, RIVALS, final, publish
 
@@ -59,6 +60,8 @@ class Cell:
         common += ["--seed", str(self.seed), "--out", str(out)]
         if self.method == "ours":
             return [sys.executable, "-m", "autocompress", "search", "--quiet", *common]
+        if self.method.startswith("without-"):
+            return [sys.executable, "-m", "benchmarks.ablations", self.method, *common]
         steps = [] if self.steps is None else ["--steps", str(self.steps)]
         return [sys.executable, "-m", "benchmarks.rivals", self.method, *steps, *common]
 
@@ -82,6 +85,8 @@ def cells(known: pd.DataFrame) -> Iterator[Cell]:
     yield Cell("mobilenetv2", "ours", 0)
     best = best_rival(known)
     yield Cell("mobilenetv2", best, 0, None if best == "sequence" else best_steps(known, best))
+    for part in ABLATIONS:
+        yield Cell("resnet20", part, 0)
 
 
 def best_steps(known: pd.DataFrame, method: str) -> int:

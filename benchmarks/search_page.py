@@ -64,9 +64,11 @@ def publish(known: pd.DataFrame, folder: Path = FOLDER) -> None:
         "the database of compressed layers that candidates start from, the recipe, the exporter and the clock.",
         "",
     ]
-    for model, part in known.groupby("model"):
+    left_out = known["method"].str.startswith("without-")
+    for model, part in known[~left_out].groupby("model"):
         lines += [f"## {model}", "", markdown(_table(part)), "", *_verdict(part), f"![curves]({model}.svg)", ""]
         plot(part, folder / f"{model}.svg")
+    lines += _ablations(known[left_out])
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -130,6 +132,20 @@ def _verdict(part: pd.DataFrame) -> list[str]:
     met = max(times) <= 150.0
     lines.append(f"- Its final hypervolume is reached after {told} (bar 150 s): {'met' if met else 'not met'}.")
     return [*lines, ""]
+
+
+def _ablations(part: pd.DataFrame) -> list[str]:
+    """What the engine comes to with one of its parts left out, for as long as with all of them."""
+    if not len(part):
+        return []
+    rows = []
+    for (method, _, seed), curve in _curves(part).items():
+        budget = float(curve["budget"].iloc[0])
+        marks = {f"{m:.0f} s": f"{at(curve, m):.3f}" for m in MARKS_S if m <= budget}
+        name = "nothing" if method == "without-nothing" else method.removeprefix("without-")
+        rows.append({"left out": name, "seed": seed, **marks, "points": int(curve["points"].iloc[-1])})
+    title = f"## One part left out, {part['budget'].iloc[0] / 60:.0f} minutes each"
+    return [title, "", markdown(pd.DataFrame(rows)), ""]
 
 
 def plot(part: pd.DataFrame, path: Path) -> None:

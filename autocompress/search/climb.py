@@ -1,4 +1,4 @@
-"""The recovery rungs: which structures are trained next, for how long, and in which formats they are delivered."""
+"""The recovery rungs: structures are trained turn by turn, and delivered in their number formats."""
 
 from __future__ import annotations
 
@@ -19,23 +19,20 @@ from autocompress.graph.read import read_model
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.distillation import teach
 from autocompress.methods.rounding import FINE_BITS
-from autocompress.plan import CompressionPlan, FrontPoint, LayerPlan, ModelGraph, Original, Recipe, Student
+from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Recipe
 from autocompress.progress import Progress
-from autocompress.search.bases import Base, build_student
 from autocompress.search.context import Context, name_of, priced, prices
-from autocompress.search.deliver import ORIGINAL, Delivery
 from autocompress.search.failures import reason_of
-from autocompress.search.forecast import CapacityForecast
-from autocompress.search.gains import Outcome
-from autocompress.search.ladder import RecipeStudy, RecoveryForecast, without_labels
+from autocompress.search.ladder import RecipeStudy, without_labels
 from autocompress.search.menu import complete
 from autocompress.search.narrowing import narrowed
 from autocompress.search.quiet import Quiet
 from autocompress.search.recover import Climbed, Recovered, Trainer, load_recovered, save_recovered
 from autocompress.search.rungs import RungLog, RungRow
-from autocompress.search.structures import Structure, fresh_students, reprice, structures_of, students
+from autocompress.search.structures import Bases, Structure, fresh_students, reprice, stitched, structures_of, students
 from autocompress.search.study import Scored
 from autocompress.search.together import at_once, together
+from autocompress.search.turns import ENTRANTS, PROMOTED, Turn, Turns
 from autocompress.search.variants import variants
 
 logger = logging.getLogger(__name__)
@@ -53,49 +50,17 @@ FORMATS_SHARE = 0.3
 LOW_BITS_FIRST, LOW_BITS_LATER = 1, 2
 """Such formats that a structure is delivered in, after its first rung and after later ones."""
 
-UNEVEN = 2.5
-"""Trainings run side by side for the same time, so none that would take so many times longer than the other."""
-
-LESSONS_FIRST_S, LESSONS_SHARE = 4.0, 0.3
+LESSONS_FIRST_S, LESSONS_SHARE = 4.0, 0.15
 """Seconds for the teacher's first answers, and its share of a rung's time until it has answered for all samples."""
-
-FORMAT_DOUBT = 0.003
-"""Quality, as a fraction, by which a model in its formats may be better than its float weights on validation."""
-
-DELIVERY_S = 4.0
-"""Seconds that delivering a structure is thought to take before any has been."""
 
 FRESH_LEAST = 500
 """Steps of a first rung below which fresh weights would show nothing."""
 
-DOUBT = (-0.2, 0.0, 0.2)
-"""A predicted loss is off by such factors, as logarithms: what is predicted to gain nothing may gain something."""
-
-STEPS_FIRST, STEPS_SECOND, STEPS_FORMATS, STRUCTURES, PROMOTED = 150, 300, 60, 4, 3
-"""Without a time budget: steps of a first rung, of a later one and with formats simulated, how many structures enter
-and how many trainings go on."""
+STEPS_FIRST, STEPS_SECOND, STEPS_FORMATS = 150, 300, 60
+"""Without a time budget: steps of a first rung, of a later one and with formats simulated."""
 
 MEASURE_S, FINAL_MEASURE_S = 0.25, 0.8
 MAX_STEPS = 10**9
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A structure's next rung, and what it is expected to come to.
-
-    Attributes:
-        structure: to be trained.
-        drop: of quality that is expected after it, as a fraction.
-        seconds: of training; None where steps are counted.
-    """
-
-    structure: Structure
-    drop: float
-    seconds: float | None
-
-    @property
-    def rung(self) -> int:
-        return self.structure.rung + 1
 
 
 @dataclass(frozen=True)
@@ -118,15 +83,7 @@ class Trained:
     """What a turn came to: float weights, and the model (or why there is none) of each format that is delivered."""
 
     recovered: Recovered
-    models: Sequence[tuple[CompressionPlan, CompressedModel | Exception]]
-
-
-@dataclass
-class Done:
-    """How many structures this leg of a run has recovered, and how many trainings it has gone on with."""
-
-    entered: int = 0
-    promoted: int = 0
+    models: Sequence[Model]
 
 
 class Climber:
@@ -143,53 +100,44 @@ class Climber:
 
     def __init__(self, context: Context, scored: list[Scored]) -> None:
         self.context = context
-        self.structures: dict[str, Structure] = {}
-        self.judged, self.sized = RecoveryForecast(), CapacityForecast()
+        self.turns, self.bases = Turns(context), Bases(context)
         self.rungs = RungLog(context.run)
-        self.done = Done()
-        self._bases: dict[Student, Base | None] = {}
-        self._harms: dict[str, float] = {}
-        self._delivering = [DELIVERY_S]
-        self._at_once, self._paces = 1, [0.0]
-        self._waiting = self._structures_of(scored)
+        self.turns.waiting = stitched(context, scored)
 
     def climb(self) -> None:
         """Takes turns within the time there is; what an interrupted run had recovered is taken up."""
-        context = self.context
+        context, turns = self.context, self.turns
         self._take_up()
         self.rungs.write()
         if context.timed and context.clock.left < self.reserve() + 5.0:
             return
         self._prepare()
-        for structure in self.structures.values():
+        for structure in turns.recovered.values():
             if not self._time_left():
                 return
-            models = self._models(structure, None, Quiet(context.progress))
-            self._deliver([Model(structure, plan, made) for plan, made in models])
+            self._deliver(self._models(structure, None, Quiet(context.progress)))
+        count = 1
         if context.timed:
-            self._at_once, pace = at_once(lambda: self.trainer.step_seconds(context.dense.graph, self._whole))
-            self._paces = [pace]
-        self._waiting += students(context, self._base, self._harm)
+            weights = context.evaluator.database.weights
+            count, seconds = at_once(lambda: self.trainer.step_seconds(context.dense.graph, weights))
+            turns.step_s.append(seconds)
+        turns.waiting += students(context, self.bases)
         first = self._first_steps()
         if first >= FRESH_LEAST or not context.timed:
             # One tells whether they compete.
-            self._waiting += fresh_students(context, self._base)[:1]
-        context.progress.stage("recover", None if context.timed else STRUCTURES + PROMOTED)
+            turns.waiting += fresh_students(context, self.bases)[:1]
+        context.progress.stage("recover", None if context.timed else ENTRANTS + PROMOTED)
         while self._time_left():
-            turns = self._next(first)
-            if not turns:
+            chosen = turns.next(first, count, self._available(), FORMATS_SHARE)
+            if not chosen:
                 break
-            self._take(turns)
-
-    @property
-    def _whole(self) -> Mapping[str, torch.Tensor]:
-        return self.context.evaluator.database.weights
+            self._take(chosen)
 
     def _first_steps(self) -> int:
         """Steps of a first rung."""
         if not self.context.timed:
             return STEPS_FIRST
-        steps = self._available() / FIRST_RUNGS / (TYPICAL_WORK * self._paces[0])
+        steps = self._available() / FIRST_RUNGS / (TYPICAL_WORK * self.turns.step_s[0])
         return int(np.clip(steps, FIRST_LEAST, FIRST_MOST))
 
     def _prepare(self) -> None:
@@ -229,161 +177,18 @@ class Climber:
                 path.unlink()
                 continue
             recovered, climbed = stored
-            base = self._base(climbed.plan.base)
+            base = self.bases(climbed.plan.base)
             if base is None:
                 continue
             (structure,) = structures_of(self.context, base, [climbed.plan])
             structure.divergence, structure.recovered, structure.rung = climbed.divergence, recovered, climbed.rung
-            known = self.structures.get(structure.key)
+            known = self.turns.recovered.get(structure.key)
             if known is None or known.rung <= structure.rung:
-                self.structures[structure.key] = structure
+                self.turns.recovered[structure.key] = structure
             if climbed.leg == self.context.clock.leg:
-                self.done.entered += climbed.rung == 1
-                self.done.promoted += climbed.rung > 1
-            self._observe(structure, recovered, climbed.rung)
-
-    def _observe(self, structure: Structure, recovered: Recovered, rung: int) -> None:
-        """Lets the forecasts learn from a recovery."""
-        gap = recovered.error - self.context.error
-        if structure.divergence is not None and rung == 1:
-            self.judged.add(structure.divergence, gap)
-        if not structure.base.fresh:
-            self.sized.add(structure.macs, structure.parameters, rung, gap)
-
-    # ------------------------------------------------------------------------------------------- who comes next
-
-    def _base(self, spec: Original | Student) -> Base | None:
-        if isinstance(spec, Original):
-            return self.context.original
-        if spec not in self._bases:
-            context = self.context
-            try:
-                self._bases[spec] = build_student(
-                    context.task, context.original, spec, context.cost_model, context.config.seed
-                )
-            except Exception as error:  # The caller's own factory may do anything.
-                self._bases[spec] = None
-                context.delivery.fail(f"student-{spec.init}-{spec.width:g}-{spec.depth:g}", error)
-        return self._bases[spec]
-
-    def _harm(self, block: str) -> float:
-        """The divergence of the original without one residual block."""
-        if block not in self._harms:
-            graph = drop_blocks(self.context.original.graph, [block])
-            weights = self.context.evaluator.database.weights
-            self._harms[block] = self.context.evaluator.divergence_of(build_module(graph, weights))
-        return self._harms[block]
-
-    def _structures_of(self, scored: Sequence[Scored]) -> list[Structure]:
-        """The widths of stitched candidates, each with the least divergence that was seen for it."""
-        best: dict[str, Scored] = {}
-        for s in sorted(scored, key=lambda s: (s.divergence, s.number)):
-            best.setdefault(s.plan.shape_digest, s)
-        found = structures_of(self.context, self.context.original, [s.plan for s in best.values()])
-        for structure, s in zip(found, best.values(), strict=True):
-            structure.divergence = s.divergence
-        return found
-
-    def _next(self, first: int) -> list[Turn]:
-        """The turns that promise the most for their time, to be taken side by side.
-
-        None where none promises anything, or where there is no time.
-
-        Args:
-            first: steps of a first rung.
-        """
-        turns = self._turns(first)
-        present = [self._outcome(s) for s in self.structures.values()] + self._stitched_points()
-        chosen: list[Turn] = []
-        while turns and len(chosen) < self._at_once:
-            best = self._best(turns, present)
-            if best is None:
-                break
-            chosen.append(best)
-            present.append(Outcome(best.drop, best.structure.costs))
-            longest = UNEVEN * (best.seconds or 0.0)
-            turns = [t for t in turns if t.structure.key != best.structure.key and (t.seconds or 0.0) <= longest]
-        return chosen
-
-    def _best(self, turns: Sequence[Turn], present: Sequence[Outcome]) -> Turn | None:
-        gains = self.context.gains
-        total = np.zeros(len(turns))
-        for doubt in DOUBT:
-            promised = [Outcome(max(t.drop, 0.0) * float(np.exp(doubt)), t.structure.costs) for t in turns]
-            total += gains.each(present, promised)
-        if total.max() <= 0.0 and gains.axes:
-            # With quality alone to win, the next best guess is worth a try: forecasts err.
-            return None
-        delivery = float(np.mean(self._delivering[-5:]))
-        lasting = np.array([1.0 if t.seconds is None else t.seconds + delivery for t in turns])
-        return turns[int(np.argmax(np.where(total > 0.0, total / lasting, total)))]
-
-    def _turns(self, first: int) -> list[Turn]:
-        """Every training that could come next and fits into the time."""
-        context, found = self.context, []
-        failures = context.delivery.failures
-        if context.timed or self.done.entered < STRUCTURES:
-            waiting = [
-                s for s in self._waiting if s.key not in self.structures and f"{s.id}-rung1" not in failures
-                and all(s.costs.get(name, 0.0) <= limit for name, limit in context.hard.items())
-            ]  # fmt: skip
-            found += [
-                Turn(s, d, self._lasting(s, first)) for s, d in zip(waiting, self._forecast(waiting), strict=True)
-            ]
-        if context.timed or self.done.promoted < PROMOTED:
-            for s in self.structures.values():
-                # Each time that a search is given more trials, structures may go one rung further up than before.
-                higher = context.timed or s.rung <= context.clock.leg
-                if higher and f"{s.id}-rung{s.rung + 1}" not in failures:
-                    drop = self.sized.promoted(self._outcome(s).drop)
-                    found.append(Turn(s, drop, self._lasting(s, first * 2**s.rung)))
-        if not context.timed or not found:
-            return found
-        # What ends before its time promises less; where only such turns are left, the shortest are taken.
-        left = max(self._available() - self._delivering[-1], 0.0)
-        shortest = min(turn.seconds or 0.0 for turn in found)
-        return (
-            [turn for turn in found if (turn.seconds or 0.0) <= max(left, 1.01 * shortest)]
-            if (left > 0.5 * shortest or not self.structures)
-            else []
-        )
-
-    def _lasting(self, structure: Structure, steps: int) -> float | None:
-        """Seconds that so many steps of a structure take; None where steps are counted."""
-        if not self.context.timed:
-            return None
-        return steps * float(np.median(self._paces[-5:])) * structure.work / (1.0 - FORMATS_SHARE)
-
-    def _stitched_points(self) -> list[Outcome]:
-        """What is delivered without any training."""
-        context = self.context
-        points = context.delivery.points
-        original = Delivery.costs(points[ORIGINAL])
-        return [
-            Outcome(context.delivery.drop_of(point) / 100.0, self._relative(point, original))
-            for name, point in points.items() if name != ORIGINAL and point.plan.recipe.steps == 0
-        ]  # fmt: skip
-
-    def _relative(self, point: FrontPoint, original: Mapping[str, float]) -> dict[str, float]:
-        """A delivered model's costs on the scale of the predicted ones."""
-        reference = self.context.reference
-        costs = Delivery.costs(point)
-        return {name: costs[name] / original[name] * reference[name] for name in costs if name in reference}
-
-    def _forecast(self, waiting: Sequence[Structure]) -> list[float]:
-        """The quality that structures are expected to lose, once they are recovered for a first rung."""
-        if not waiting:
-            return []
-        by_size = self.sized.predict([s.macs for s in waiting], [s.parameters for s in waiting], 1)
-        known = np.array([s.divergence if s.divergence is not None else np.nan for s in waiting])
-        by_judgement = self.judged.predict(np.nan_to_num(known, nan=1.0))
-        # Both are known of a stitched one: each errs in its own way.
-        both = np.sqrt(np.maximum(by_size, 5e-4) * by_judgement)
-        return [float(drop) for drop in np.where(np.isnan(known), by_size, both)]
-
-    def _outcome(self, structure: Structure) -> Outcome:
-        assert structure.recovered is not None
-        return Outcome(structure.recovered.error - self.context.error, structure.costs)
+                self.turns.entered += climbed.rung == 1
+                self.turns.promoted += climbed.rung > 1
+            self.turns.observe(structure, recovered, climbed.rung)
 
     # -------------------------------------------------------------------------------------------------- training
 
@@ -403,7 +208,7 @@ class Climber:
         for turn, (trial, recipe), result in zip(turns, asked, results, strict=True):
             models += self._note(turn, trial, recipe, result)
         self._deliver(models)
-        self._delivering.append(monotonic() - started)
+        self.turns.delivery_s.append(monotonic() - started)
 
     def _train(self, turn: Turn, recipe: Recipe, seconds: float | None, progress: Progress) -> Trained:
         structure = turn.structure
@@ -430,9 +235,9 @@ class Climber:
         context, structure, rung = self.context, turn.structure, turn.rung
         expected = None if structure.divergence is None and rung == 1 else context.error + turn.drop
         if rung == 1:
-            self.done.entered += 1
+            self.turns.entered += 1
         else:
-            self.done.promoted += 1
+            self.turns.promoted += 1
         if isinstance(result, Exception):
             # Whatever it is, it is this structure's: the others are recovered all the same.
             context.delivery.fail(f"{structure.id}-rung{rung}", result)
@@ -452,10 +257,10 @@ class Climber:
             else (recovered.steps - before.steps, recovered.seconds - before.seconds)
         )
         if steps:
-            self._paces.append(taken / steps / structure.work)
-        self._observe(structure, recovered, rung)
+            self.turns.step_s.append(taken / steps / structure.work)
+        self.turns.observe(structure, recovered, rung)
         structure.recovered, structure.rung = recovered, rung
-        self.structures[structure.key] = structure
+        self.turns.recovered[structure.key] = structure
         self.rungs.add(self._row(structure, rung, recipe, expected, recovered))
         logger.info(
             "rung %d of %s (%.3f of the MACs, %.3f of the parameters, %d blocks fewer): %d steps, validation error "
@@ -464,7 +269,7 @@ class Climber:
             recovered.error, context.error + turn.drop, context.error,
         )  # fmt: skip
         context.progress.advance()
-        return [Model(structure, plan, made) for plan, made in result.models]
+        return list(result.models)
 
     def _row(
         self,
@@ -516,7 +321,7 @@ class Climber:
 
     def _parent(self, structure: Structure) -> Structure | None:
         """The smallest recovered structure that contains this one: what it has learned is kept."""
-        parents = [s for s in self.structures.values() if s.key != structure.key and s.contains(structure)]
+        parents = [s for s in self.turns.recovered.values() if s.key != structure.key and s.contains(structure)]
         return min(parents, key=lambda s: (s.macs, s.parameters), default=None)
 
     def _open_share(self, turn: Turn, recovered: Recovered) -> float:
@@ -537,9 +342,7 @@ class Climber:
                 kept.append(plan.model_copy(update={"base": structure.base.spec}))
         return kept
 
-    def _models(
-        self, structure: Structure, seconds: float | None, progress: Progress
-    ) -> list[tuple[CompressionPlan, CompressedModel | Exception]]:
+    def _models(self, structure: Structure, seconds: float | None, progress: Progress) -> list[Model]:
         """A recovered structure in each of the number formats that it is worth delivering in and was not yet.
 
         Args:
@@ -551,9 +354,11 @@ class Climber:
         assert recovered is not None
         plans = self._variants(structure)
         if context.timed:
-            plans = self._promising(structure, plans)
+            plans = self.turns.promising(structure, plans)
+            most = LOW_BITS_FIRST if structure.rung == 1 else LOW_BITS_LATER
+            plans = [*[p for p in plans if not _low_bits(p)], *[p for p in plans if _low_bits(p)][:most]]
         low = max(1, sum(_low_bits(plan) for plan in plans))
-        found: list[tuple[CompressionPlan, CompressedModel | Exception]] = []
+        found = []
         for plan in plans:
             recipe = recovered.recipe.model_copy(update={"steps": recovered.steps})
             plan = plan.model_copy(update={"recipe": recipe})
@@ -571,9 +376,9 @@ class Climber:
             except OSError:
                 raise
             except Exception as error:
-                found.append((plan, error))
+                found.append(Model(structure, plan, error))
             else:
-                found.append((plan, model))
+                found.append(Model(structure, plan, model))
         return found
 
     def _deliver(self, models: Sequence[Model]) -> None:
@@ -592,32 +397,13 @@ class Climber:
             context.progress.note(front=front, hypervolume=front.search.hypervolume)
             context.note_time()
 
-    def _promising(self, structure: Structure, plans: Sequence[CompressionPlan]) -> list[CompressionPlan]:
-        """Those format assignments that may add something to what was delivered: exporting and timing is not free."""
-        if not plans:
-            return []
-        context, skeleton = self.context, structure.base.skeleton
-        points = context.delivery.points
-        original = Delivery.costs(points[ORIGINAL])
-        delivered = [
-            Outcome(context.delivery.drop_of(point) / 100.0, self._relative(point, original))
-            for name, point in points.items()
-            if name != ORIGINAL
-        ]
-        drop = max(self._outcome(structure).drop - FORMAT_DOUBT, 0.0)
-        gains = context.gains.each(delivered, [Outcome(drop, prices(skeleton, priced(plan))) for plan in plans])
-        order = sorted(range(len(plans)), key=lambda i: -gains[i])
-        low = [i for i in order if _low_bits(plans[i])][: LOW_BITS_FIRST if structure.rung == 1 else LOW_BITS_LATER]
-        return [plan for i, plan in enumerate(plans) if gains[i] > 0.0 and (i in low or not _low_bits(plan))]
-
     def _learn(self, names: Sequence[str]) -> None:
         """Prices follow what the delivered models were measured at; students are priced like the original."""
         context = self.context
         if context.learn(names):
-            for base in self._bases.values():
-                if base is not None:
-                    base.skeleton.adopt(context.original.skeleton)
-            reprice(context, [*self.structures.values(), *self._waiting])
+            for base in self.bases.made:
+                base.skeleton.adopt(context.original.skeleton)
+            reprice(context, [*self.turns.recovered.values(), *self.turns.waiting])
 
 
 def _low_bits(plan: CompressionPlan) -> bool:

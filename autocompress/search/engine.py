@@ -61,7 +61,7 @@ from autocompress.tasks.base import Task, quality
 
 logger = logging.getLogger(__name__)
 
-SEARCH_SHARE = 0.05
+SEARCH_SHARE = 0.025
 """Share of the time after set-up that goes to stitched candidates; the rest recovers and delivers the best."""
 
 PREDICTION_MARGIN = 1.06

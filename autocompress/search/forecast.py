@@ -10,10 +10,10 @@ Array = npt.NDArray[np.float64]
 FLOOR = 0.01
 """Losses are compared by the logarithm of this much more than they are: near zero, and below it, they differ little."""
 
-PRIOR = np.array([np.log(FLOOR), -0.12, -0.12, -0.25])
+PRIOR = np.array([np.log(FLOOR), -0.3, -0.3, -0.35])
 """Expected weights of a constant, the halvings of MACs and of parameters (negative: fewer is worse), and the rung."""
 
-PRIOR_DEVIATION = np.array([0.3, 0.08, 0.08, 0.15])
+PRIOR_DEVIATION = np.array([0.4, 0.12, 0.12, 0.15])
 NOISE = 0.2
 """Standard deviation of a structure's logarithm about what its size says."""
 
@@ -51,9 +51,10 @@ class CapacityForecast:
         rows = _features(np.asarray(macs, dtype=np.float64), np.asarray(parameters, dtype=np.float64), rung)
         return np.asarray(np.exp(rows @ self._weights()) - FLOOR)
 
-    def promoted(self, gap: float) -> float:
-        """The loss of a structure one rung up, from its loss now."""
-        return float(np.exp(_log(gap) + min(self._weights()[3], 0.0)) - FLOOR)
+    def promoted(self, gap: float, share: float = 1.0) -> float:
+        """The loss of a structure one rung up, or a share of that rung's way, from its loss now."""
+        slope = min(float(self._weights()[3]), 0.0)
+        return float(np.exp(_log(gap) + slope * np.log2(1.0 + share)) - FLOOR)
 
     def _weights(self) -> Array:
         precision = np.diag(PRIOR_DEVIATION**-2.0)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from autocompress.graph.blocks import find_blocks
+from autocompress.graph.blocks import drop_blocks, find_blocks
+from autocompress.graph.executor import build_module
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Original, Student
-from autocompress.search.bases import Base, fresh_specs, shallow_specs
+from autocompress.search.bases import Base, build_student, fresh_specs, shallow_specs
 from autocompress.search.context import Context, priced
 from autocompress.search.recover import Recovered
+from autocompress.search.study import Scored
 
 SHARES = (1.0, 0.75, 0.625, 0.5, 0.375, 0.25, 0.1875, 0.125)
 """Widths of the middle of a student, as shares of the original's channels."""
 
 TAPERS = (0.5, 1.0, 2.0, 4.0)
 """How much wider the last layers are than the first, relative to the original."""
-
-Bases = Callable[[Original | Student], Base | None]
 
 
 @dataclass
@@ -75,23 +75,69 @@ class Structure:
         return all(own.get(name, size) >= other.plan.groups.get(name, size) for name, size in groups.items())
 
 
+class Bases:
+    """The bases of one run, made when first asked for.
+
+    Args:
+        context: of the run.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._made: dict[Student, Base | None] = {}
+        self._harms: dict[str, float] = {}
+
+    def __call__(self, spec: Original | Student) -> Base | None:
+        """The base that a plan stands on; None where it cannot be built, which is noted."""
+        context = self.context
+        if isinstance(spec, Original):
+            return context.original
+        if spec not in self._made:
+            try:
+                self._made[spec] = build_student(
+                    context.task, context.original, spec, context.cost_model, context.config.seed
+                )
+            except Exception as error:  # The caller's own factory may do anything.
+                self._made[spec] = None
+                context.delivery.fail(f"student-{spec.init}-{spec.width:g}-{spec.depth:g}", error)
+        return self._made[spec]
+
+    @property
+    def made(self) -> list[Base]:
+        """Those that were, beside the original."""
+        return [base for base in self._made.values() if base is not None]
+
+    def harm(self, block: str) -> float:
+        """The divergence of the original without one residual block."""
+        if block not in self._harms:
+            evaluator = self.context.evaluator
+            graph = drop_blocks(self.context.original.graph, [block])
+            self._harms[block] = evaluator.divergence_of(build_module(graph, evaluator.database.weights))
+        return self._harms[block]
+
+
 def id_of(key: str) -> str:
     """What tables call a structure, of whose key they show the beginning."""
     return f"s{key[:7]}"
 
 
-def students(context: Context, bases: Bases, harm: Callable[[str], float]) -> list[Structure]:
-    """Shallower models at many widths, none of them judged; the least harmful residual blocks leave first.
+def stitched(context: Context, scored: Sequence[Scored]) -> list[Structure]:
+    """The widths of stitched candidates, each with the least divergence that was seen for it."""
+    best: dict[str, Scored] = {}
+    for s in sorted(scored, key=lambda s: (s.divergence, s.number)):
+        best.setdefault(s.plan.shape_digest, s)
+    found = structures_of(context, context.original, [s.plan for s in best.values()])
+    for structure, s in zip(found, best.values(), strict=True):
+        structure.divergence = s.divergence
+    return found
 
-    Args:
-        context: of the run.
-        bases: makes the base that a student stands for; None where it cannot be built.
-        harm: how much the original suffers when one residual block leaves.
-    """
+
+def students(context: Context, bases: Bases) -> list[Structure]:
+    """Shallower models at many widths, none of them judged; the least harmful residual blocks leave first."""
     offered = context.space.students
     if "inherit" not in offered.init or not (offered.depths or offered.widths):
         return []
-    blocks = sorted((block.name for block in find_blocks(context.original.graph)), key=harm)
+    blocks = sorted((block.name for block in find_blocks(context.original.graph)), key=bases.harm)
     options = {knob.group: [o.keep for o in knob.options if o.keep] for knob in context.menu.knobs if knob.group}
     found: dict[str, Structure] = {}
     for spec in shallow_specs(blocks, offered.depths):

@@ -21,6 +21,10 @@ LEAST_SPEEDUP = 1.2
 """Trainings run side by side where that is so many times faster than one after another."""
 
 
+HEEDED_S = 0.5
+"""An interrupt is heeded within so many seconds."""
+
+
 class _Stopped(BaseException):
     """Ends a training whose results nobody waits for any more."""
 
@@ -51,7 +55,9 @@ def together(jobs: Sequence[Callable[[Progress], T]], progress: Progress) -> lis
         with ThreadPoolExecutor(len(jobs), initializer=torch.set_num_threads, initargs=(share,)) as pool:
             futures = [pool.submit(_attempt, job, _UntilStopped(progress, stop)) for job in jobs]
             try:
-                wait(futures)
+                # A wait without an end is only broken by a signal that this very thread receives.
+                while wait(futures, HEEDED_S).not_done:
+                    continue
             except BaseException:
                 stop.set()
                 raise

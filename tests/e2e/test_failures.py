@@ -21,7 +21,7 @@ from autocompress import api
 from autocompress.errors import InfeasibleError, UsageError
 from autocompress.front import LoadedFront
 from autocompress.methods.recovery import quantize_aware
-from autocompress.search import climb, deliver, recover
+from autocompress.search import climb, deliver, recover, turns
 from autocompress.search.deliver import Delivery
 from autocompress.search.evaluate import StitchedEvaluator
 from tests.fixtures.search import make_device
@@ -79,9 +79,10 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Search:
     """Searches a task whose function returns an expression, with a few trials and steps."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("AUTOCOMPRESS_CACHE", str(tmp_path / "cache"))
-    for name, value in (("STEPS_FIRST", 6), ("STEPS_SECOND", 6), ("STEPS_FORMATS", 3), ("STRUCTURES", 3)):
+    for name, value in (("STEPS_FIRST", 6), ("STEPS_SECOND", 6), ("STEPS_FORMATS", 3)):
         monkeypatch.setattr(climb, name, value)
-    monkeypatch.setattr(climb, "PROMOTED", 1)
+    for name, value in (("ENTRANTS", 3), ("PROMOTED", 1)):
+        monkeypatch.setattr(turns, name, value)
     device = make_device().save(tmp_path / "far-away.yaml")
 
     def run(expression: str, head: str = "", **options: Any) -> LoadedFront:
@@ -334,6 +335,6 @@ def test_unlabelled_images_follow_the_teacher_alone(search: Search, train: str) 
 
 def test_stages_tell_training_from_exporting(search: Search) -> None:
     stages = search("given()").front.search.stages
-    assert {"read", "search", "recover", "formats", "export", "measure", "publish"} <= set(stages)
+    assert {"read", "search", "recover", "export", "measure", "publish"} <= set(stages)
     assert all(seconds >= 0 for seconds in stages.values())
     assert stages["recover"] > 0

@@ -51,7 +51,7 @@ def test_cells_have_names_that_are_read_back_and_none_comes_twice(tmp_path: Path
     assert [search.parse(name) for name in names] == every
     assert len(set(names)) == len(names)
     out = tmp_path / "run"
-    assert all(str(out) in cell.command(out) and "600s" in cell.command(out) for cell in every)
+    assert all(str(out) in cell.command(out) and f"{cell.budget_s:.0f}s" in cell.command(out) for cell in every)
 
 
 def test_the_length_that_served_a_rival_best_is_taken_for_its_other_seeds() -> None:

@@ -27,7 +27,7 @@ def test_without_observations_the_prior_speaks() -> None:
     forecast = CapacityForecast()
     whole, half, small = forecast.predict([1.0, 0.5, 0.03], [1.0, 0.5, 0.03], 1)
     assert abs(whole) < 1e-6
-    assert 0.0 < half < small < 0.1
+    assert 0.0 < half < small < 0.3
     assert forecast.predict([0.03], [0.03], 2)[0] < small
 
 

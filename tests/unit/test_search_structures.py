@@ -11,12 +11,12 @@ import torch
 from autocompress.graph.executor import build_module
 from autocompress.graph.read import read_model
 from autocompress.hardware.models import cost_model
-from autocompress.plan import CompressionPlan, Original, Student
-from autocompress.search.bases import Base, build_student
+from autocompress.plan import CompressionPlan, Original
+from autocompress.search.bases import Base
 from autocompress.search.context import Context
 from autocompress.search.menu import Menu
 from autocompress.search.narrowing import narrowed
-from autocompress.search.structures import Structure, fresh_students, reprice, structures_of, students
+from autocompress.search.structures import Bases, Structure, fresh_students, reprice, structures_of, students
 from autocompress.spaces import SearchSpace, Students
 from autocompress.tasks.models import resnet20
 from tests.fixtures.search import make_profile
@@ -39,7 +39,9 @@ def context() -> Context:
     )  # fmt: skip
     found = SimpleNamespace(
         task=task, menu=menu, space=SPACE, costs=("latency_ms", "size_bytes"), cost_model=pricer,
-        original=Base(Original(), graph, weights, pricer.lower(graph)),
+        original=Base(Original(), graph, weights, pricer.lower(graph)), config=SimpleNamespace(seed=0),
+        evaluator=SimpleNamespace(divergence_of=lambda module: float(len(module.graph.layers)),
+                                  database=SimpleNamespace(weights=weights)),
         formats={layer: [o.format for o in k.options] for k in menu.knobs for layer in k.layers},
     )  # fmt: skip
     return cast(Context, found)
@@ -47,13 +49,7 @@ def context() -> Context:
 
 @pytest.fixture(scope="module")
 def found(context: Context) -> list[Structure]:
-    return students(context, lambda spec: base_of(context, spec), len)
-
-
-def base_of(context: Context, spec: Original | Student) -> Base | None:
-    if isinstance(spec, Original):
-        return context.original
-    return build_student(context.task, context.original, spec, context.cost_model, 0)
+    return students(context, Bases(context))
 
 
 def test_students_are_of_every_depth_and_of_widths_on_the_menu(context: Context, found: list[Structure]) -> None:
@@ -73,12 +69,12 @@ def test_students_are_of_every_depth_and_of_widths_on_the_menu(context: Context,
 
 def test_a_space_without_students_has_none(context: Context) -> None:
     bare = SimpleNamespace(**{**vars(context), "space": SearchSpace(keep=(0.5, 1.0))})
-    assert students(cast(Context, bare), lambda spec: None, len) == []
-    assert fresh_students(cast(Context, bare), lambda spec: None) == []
+    assert students(cast(Context, bare), Bases(context)) == []
+    assert fresh_students(cast(Context, bare), Bases(context)) == []
 
 
 def test_fresh_students_are_whole_models_of_their_own(context: Context) -> None:
-    (fresh,) = fresh_students(context, lambda spec: base_of(context, spec))
+    (fresh,) = fresh_students(context, Bases(context))
     assert fresh.kind == "fresh"
     assert fresh.macs == pytest.approx(0.25, abs=0.05)
     whole = structures_of(context, context.original, [CompressionPlan()])[0]

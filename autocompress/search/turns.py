@@ -1,0 +1,211 @@
+"""Whose turn it is: the trainings that promise the most hypervolume for their time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autocompress.plan import CompressionPlan, FrontPoint
+from autocompress.search.context import Context, priced, prices
+from autocompress.search.deliver import ORIGINAL, Delivery
+from autocompress.search.forecast import CapacityForecast
+from autocompress.search.gains import Outcome
+from autocompress.search.ladder import RecoveryForecast
+from autocompress.search.recover import Recovered
+from autocompress.search.structures import Structure
+
+DELIVERY_S = 4.0
+"""Seconds that delivering structures is thought to take before any has been."""
+
+DOUBT = (-0.2, 0.0, 0.2)
+"""A predicted loss is off by such factors, as logarithms: what is predicted to gain nothing may gain something."""
+
+FORMAT_DOUBT = 0.003
+"""Quality, as a fraction, by which a model in its formats may be better than its float weights on validation."""
+
+UNEVEN = 2.5
+"""Trainings run side by side for the same time, so none that would take so many times longer than the other."""
+
+LEAST_SHARE = 0.25
+"""Share of a rung's way below which no training is gone on with."""
+
+ENTRANTS, PROMOTED = 4, 3
+"""Without a time budget: how many structures enter, and how many trainings go on."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A structure's next rung, and what it is expected to come to.
+
+    Attributes:
+        structure: to be trained.
+        drop: of quality that is expected after it, as a fraction.
+        seconds: of training; None where steps are counted.
+    """
+
+    structure: Structure
+    drop: float
+    seconds: float | None
+
+    @property
+    def rung(self) -> int:
+        return self.structure.rung + 1
+
+
+class Turns:
+    """Chooses what is trained next, among structures that were not trained yet and longer trainings of those that were.
+
+    Args:
+        context: of the run.
+
+    Attributes:
+        recovered: structures that were trained, by key.
+        waiting: structures that may be.
+        entered: how many of them this leg of the run has trained.
+        promoted: how many trainings it has gone on with.
+        step_s: seconds of a training step of the original, by what was seen of late.
+        delivery_s: seconds that delivering what was trained took, likewise.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.recovered: dict[str, Structure] = {}
+        self.waiting: list[Structure] = []
+        self.entered = self.promoted = 0
+        self.step_s: list[float] = []
+        self.delivery_s = [DELIVERY_S]
+        self._judged, self._sized = RecoveryForecast(), CapacityForecast()
+
+    def observe(self, structure: Structure, recovered: Recovered, rung: int) -> None:
+        """Lets the forecasts learn from a recovery."""
+        gap = recovered.error - self.context.error
+        if structure.divergence is not None and rung == 1:
+            self._judged.add(structure.divergence, gap)
+        if not structure.base.fresh:
+            self._sized.add(structure.macs, structure.parameters, rung, gap)
+
+    def next(self, first: int, at_once: int, available_s: float, formats_share: float) -> list[Turn]:
+        """The turns that promise the most for their time; none where nothing promises anything or time is too short.
+
+        Args:
+            first: steps of a first rung.
+            at_once: how many to take side by side.
+            available_s: seconds for training them and delivering what they come to.
+            formats_share: share of a turn's time that trains with number formats simulated.
+        """
+        turns = self._possible(first, formats_share, available_s)
+        present = [self.outcome(s) for s in self.recovered.values()] + self._untrained_points()
+        chosen: list[Turn] = []
+        while turns and len(chosen) < at_once:
+            best = self._best(turns, present)
+            if best is None:
+                break
+            chosen.append(best)
+            present.append(Outcome(best.drop, best.structure.costs))
+            longest = UNEVEN * (best.seconds or 0.0)
+            turns = [t for t in turns if t.structure.key != best.structure.key and (t.seconds or 0.0) <= longest]
+        return chosen
+
+    def _best(self, turns: Sequence[Turn], present: Sequence[Outcome]) -> Turn | None:
+        gains = self.context.gains
+        total = np.zeros(len(turns))
+        for doubt in DOUBT:
+            promised = [Outcome(max(t.drop, 0.0) * float(np.exp(doubt)), t.structure.costs) for t in turns]
+            total += gains.each(present, promised)
+        if total.max() <= 0.0 and gains.axes:
+            # With quality alone to win, the next best guess is worth a try: forecasts err.
+            return None
+        delivery = float(np.mean(self.delivery_s[-5:]))
+        lasting = np.array([1.0 if t.seconds is None else t.seconds + delivery for t in turns])
+        return turns[int(np.argmax(np.where(total > 0.0, total / lasting, total)))]
+
+    def _possible(self, first: int, formats_share: float, available_s: float) -> list[Turn]:
+        """Every training that could come next and ends in time, or nearly does."""
+        context = self.context
+        failures = context.delivery.failures
+        left = max(available_s - self.delivery_s[-1], 0.0)
+
+        def lasting(structure: Structure, steps: int) -> float | None:
+            if not context.timed:
+                return None
+            return steps * float(np.median(self.step_s[-5:])) * structure.work / (1.0 - formats_share)
+
+        entering, found = [], []
+        if context.timed or self.entered < ENTRANTS:
+            waiting = [
+                s for s in self.waiting if s.key not in self.recovered and f"{s.id}-rung1" not in failures
+                and all(s.costs.get(name, 0.0) <= limit for name, limit in context.hard.items())
+            ]  # fmt: skip
+            forecast = self._forecast(waiting)
+            entering = [Turn(s, drop, lasting(s, first)) for s, drop in zip(waiting, forecast, strict=True)]
+        if context.timed or self.promoted < PROMOTED:
+            for s in self.recovered.values():
+                # Each time that a search is given more trials, structures may go one rung further up than before.
+                higher = context.timed or s.rung <= context.clock.leg
+                if higher and f"{s.id}-rung{s.rung + 1}" not in failures:
+                    seconds, share = lasting(s, first * 2**s.rung), 1.0
+                    if seconds is not None:
+                        # It may end sooner, and promises less then.
+                        share = min(1.0, left / seconds)
+                        seconds *= share
+                    if share >= LEAST_SHARE:
+                        found.append(Turn(s, self._sized.promoted(self.outcome(s).drop, share), seconds))
+        if not context.timed:
+            return entering + found
+        shortest = min((turn.seconds or 0.0 for turn in entering), default=0.0)
+        if self.recovered:
+            return found + [turn for turn in entering if (turn.seconds or 0.0) <= left]
+        return [turn for turn in entering if (turn.seconds or 0.0) <= max(left, 1.01 * shortest)]
+
+    def _untrained_points(self) -> list[Outcome]:
+        """What is delivered without any training; measured, so that it plays no part where steps are counted."""
+        context = self.context
+        if not context.timed:
+            return []
+        points = context.delivery.points
+        original = Delivery.costs(points[ORIGINAL])
+        return [
+            Outcome(context.delivery.drop_of(point) / 100.0, self._relative(point, original))
+            for name, point in points.items() if name != ORIGINAL and point.plan.recipe.steps == 0
+        ]  # fmt: skip
+
+    def _relative(self, point: FrontPoint, original: Mapping[str, float]) -> dict[str, float]:
+        """A delivered model's costs on the scale of the predicted ones."""
+        reference = self.context.reference
+        costs = Delivery.costs(point)
+        return {name: costs[name] / original[name] * reference[name] for name in costs if name in reference}
+
+    def _forecast(self, waiting: Sequence[Structure]) -> list[float]:
+        """The quality that structures are expected to lose, once they are recovered for a first rung."""
+        if not waiting:
+            return []
+        by_size = self._sized.predict([s.macs for s in waiting], [s.parameters for s in waiting], 1)
+        known = np.array([s.divergence if s.divergence is not None else np.nan for s in waiting])
+        by_judgement = self._judged.predict(np.nan_to_num(known, nan=1.0))
+        # Both are known of a stitched one: each errs in its own way.
+        both = np.sqrt(np.maximum(by_size, 5e-4) * by_judgement)
+        return [float(drop) for drop in np.where(np.isnan(known), by_size, both)]
+
+    def outcome(self, structure: Structure) -> Outcome:
+        """What a trained structure has come to."""
+        assert structure.recovered is not None
+        return Outcome(structure.recovered.error - self.context.error, structure.costs)
+
+    def promising(self, structure: Structure, plans: Sequence[CompressionPlan]) -> list[CompressionPlan]:
+        """Those format assignments that may add something to what was delivered, the most promising first."""
+        if not plans:
+            return []
+        context, skeleton = self.context, structure.base.skeleton
+        points = context.delivery.points
+        original = Delivery.costs(points[ORIGINAL])
+        delivered = [
+            Outcome(context.delivery.drop_of(point) / 100.0, self._relative(point, original))
+            for name, point in points.items()
+            if name != ORIGINAL
+        ]
+        drop = max(self.outcome(structure).drop - FORMAT_DOUBT, 0.0)
+        gains = context.gains.each(delivered, [Outcome(drop, prices(skeleton, priced(plan))) for plan in plans])
+        found = [(gain, plan) for gain, plan in zip(gains, plans, strict=True) if gain > 0.0]
+        return [plan for _, plan in sorted(found, key=lambda item: -item[0])]
