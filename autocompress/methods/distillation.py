@@ -17,6 +17,9 @@ from autocompress.progress import Progress
 from autocompress.tasks.splits import TensorSplit
 from autocompress.tasks.training import autocast_context
 
+TIMED_MACS, TIMED_LEAST = 8 * 10**9, 4
+"""Multiply-accumulates of a forward pass that is long enough to be timed, and samples that it has at least."""
+
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -266,21 +269,23 @@ def mixed_precision_pays(module: GraphModule, inputs: torch.Tensor) -> bool:
 
 
 def step_time(module: GraphModule, inputs: torch.Tensor) -> float:
-    """Seconds of a forward and a backward pass in the precision that is faster."""
+    """Seconds of a forward and a backward pass over the inputs, in the precision that is faster."""
     return min(_step_times(module, inputs).values())
 
 
 def _step_times(module: GraphModule, inputs: torch.Tensor) -> dict[bool, float]:
-    """Seconds of a step without and with mixed precision."""
+    """Seconds of a step without and with mixed precision; of large models, reckoned up from a part of the inputs."""
     taken = {}
     module.train()
-    inputs = laid_out(inputs, training_layout(module.graph))
+    some = inputs[: max(TIMED_LEAST, TIMED_MACS // max(module.graph.macs(), 1))]
+    images = laid_out(some, training_layout(module.graph))
     for mixed in (False, True, False, True):
         started = time.perf_counter()
         with autocast_context() if mixed else nullcontext():
-            outputs = module(inputs)
+            outputs = module(images)
         outputs.float().square().mean().backward()
-        taken[mixed] = time.perf_counter() - started  # the second time counts, once buffers are warm
+        # The second time counts, once buffers are warm.
+        taken[mixed] = (time.perf_counter() - started) * len(inputs) / len(some)
     module.zero_grad(set_to_none=True)
     module.eval()
     return taken

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,7 +96,10 @@ class Turns:
             formats_share: share of a turn's time that trains with number formats simulated.
         """
         turns = self._possible(first, formats_share, available_s)
-        present = [self.outcome(s) for s in self.recovered.values()] + self._untrained_points()
+        present = [self.outcome(s) for s in self.recovered.values()]
+        if self.context.timed:
+            # They are measured, so they play no part where steps are counted and must repeat.
+            present += [outcome for point, outcome in self._delivered() if point.plan.recipe.steps == 0]
         chosen: list[Turn] = []
         while turns and len(chosen) < at_once:
             best = self._best(turns, present)
@@ -159,23 +162,17 @@ class Turns:
             return found + [turn for turn in entering if (turn.seconds or 0.0) <= left]
         return [turn for turn in entering if (turn.seconds or 0.0) <= max(left, 1.01 * shortest)]
 
-    def _untrained_points(self) -> list[Outcome]:
-        """What is delivered without any training; measured, so that it plays no part where steps are counted."""
+    def _delivered(self) -> list[tuple[FrontPoint, Outcome]]:
+        """What was delivered, its costs on the scale of the predicted ones."""
         context = self.context
-        if not context.timed:
-            return []
-        points = context.delivery.points
+        points, reference = context.delivery.points, context.reference
         original = Delivery.costs(points[ORIGINAL])
-        return [
-            Outcome(context.delivery.drop_of(point) / 100.0, self._relative(point, original))
-            for name, point in points.items() if name != ORIGINAL and point.plan.recipe.steps == 0
-        ]  # fmt: skip
-
-    def _relative(self, point: FrontPoint, original: Mapping[str, float]) -> dict[str, float]:
-        """A delivered model's costs on the scale of the predicted ones."""
-        reference = self.context.reference
-        costs = Delivery.costs(point)
-        return {name: costs[name] / original[name] * reference[name] for name in costs if name in reference}
+        found = []
+        for name, point in points.items():
+            if name != ORIGINAL:
+                costs = {n: c / original[n] * reference[n] for n, c in Delivery.costs(point).items() if n in reference}
+                found.append((point, Outcome(context.delivery.drop_of(point) / 100.0, costs)))
+        return found
 
     def _forecast(self, waiting: Sequence[Structure]) -> list[float]:
         """The quality that structures are expected to lose, once they are recovered for a first rung."""
@@ -197,15 +194,9 @@ class Turns:
         """Those format assignments that may add something to what was delivered, the most promising first."""
         if not plans:
             return []
-        context, skeleton = self.context, structure.base.skeleton
-        points = context.delivery.points
-        original = Delivery.costs(points[ORIGINAL])
-        delivered = [
-            Outcome(context.delivery.drop_of(point) / 100.0, self._relative(point, original))
-            for name, point in points.items()
-            if name != ORIGINAL
-        ]
+        skeleton = structure.base.skeleton
+        delivered = [outcome for _, outcome in self._delivered()]
         drop = max(self.outcome(structure).drop - FORMAT_DOUBT, 0.0)
-        gains = context.gains.each(delivered, [Outcome(drop, prices(skeleton, priced(plan))) for plan in plans])
+        gains = self.context.gains.each(delivered, [Outcome(drop, prices(skeleton, priced(plan))) for plan in plans])
         found = [(gain, plan) for gain, plan in zip(gains, plans, strict=True) if gain > 0.0]
         return [plan for _, plan in sorted(found, key=lambda item: -item[0])]
