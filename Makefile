@@ -53,8 +53,10 @@ quickstart: install  ## compress the embedded default (digits, resnet8) and say 
 	@printf '\nThe report: file://%s/report.html\nIn the terminal: %s show %s\n' \
 	  "$(abspath $(QUICKSTART))" "$(BIN)/autocompress" "$(QUICKSTART)"
 
+# Searches are timed, so they run one at a time; what is not timed runs twice at once, with a thread each.
 test: install-test lint types contracts  ## lint, types, import contracts, tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/contract $(PYTEST_ARGS)
 
 lint: install-test  ## ruff: rules and format
 	$(BIN)/ruff check $(CHECKED)

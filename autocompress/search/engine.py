@@ -61,8 +61,9 @@ from autocompress.tasks.base import Task, quality
 
 logger = logging.getLogger(__name__)
 
-SEARCH_SHARE = 0.025
-"""Share of the time after set-up that goes to stitched candidates; the rest recovers and delivers the best."""
+SEARCH_SHARE, SEARCH_MOST, LEAST_TRIALS = 0.01, 0.05, 24
+"""Share of the time after set-up that goes to stitched candidates: more, up to a limit, until so many were evaluated.
+The rest recovers and delivers the best."""
 
 PREDICTION_MARGIN = 1.06
 """Predictions err by a few percent: plans are held to a little less than a latency budget."""
@@ -271,10 +272,13 @@ class Engine:
             note_study(self.run, study.name, self.config.seed)
             total = None if self.config.trials is None else self.config.trials + study.adopted
             limited = math.isfinite(self.clock.left)
-            deadline = self.clock.spent + SEARCH_SHARE * self.clock.left if limited else math.inf
+            started, left = self.clock.spent, self.clock.left
             self.progress.stage("search", total)
             batch: list[tuple[int, ...]] = []
-            while (total is None or study.trials < total) and self.clock.spent < deadline and not study.exhausted:
+            while (total is None or study.trials < total) and not study.exhausted:
+                few = study.trials - study.adopted < LEAST_TRIALS
+                if limited and self.clock.spent - started >= (SEARCH_MOST if few else SEARCH_SHARE) * left:
+                    break
                 if not study.waiting and study.trials % SAMPLER_TURN:
                     # What the sampler came upon meanwhile is not evaluated again.
                     batch = [choices for choices in batch if choices not in study.tried]
