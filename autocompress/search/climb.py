@@ -37,11 +37,11 @@ from autocompress.search.variants import variants
 
 logger = logging.getLogger(__name__)
 
-FIRST_RUNGS, TYPICAL_WORK = 40, 0.3
+FIRST_RUNGS, TYPICAL_WORK = 20, 0.3
 """A first rung of a structure whose steps take ``TYPICAL_WORK`` of the original's takes this part of recovery; every
 further one takes twice as many steps as the one before it."""
 
-FIRST_LEAST, FIRST_MOST = 120, 600
+FIRST_LEAST, FIRST_MOST = 120, 1000
 """Steps of a first rung."""
 
 FORMATS_SHARE = 0.3
