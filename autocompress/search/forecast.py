@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,22 +12,23 @@ Array = npt.NDArray[np.float64]
 FLOOR = 0.01
 """Losses are compared by the logarithm of this much more than they are: near zero, and below it, they differ little."""
 
-PRIOR = np.array([np.log(FLOOR), -0.3, -0.3, -0.35])
-"""Expected weights of a constant, the halvings of MACs and of parameters (negative: fewer is worse), and the rung."""
+PRIOR = np.array([np.log(FLOOR), -0.08, -0.08, 0.9, -0.35])
+"""Expected weights of a constant, the halvings of MACs and of parameters (negative: fewer is worse), the share of the
+residual blocks that left, and the rung."""
 
-PRIOR_DEVIATION = np.array([0.4, 0.12, 0.12, 0.15])
+PRIOR_DEVIATION = np.array([0.3, 0.06, 0.06, 0.6, 0.15])
 NOISE = 0.2
 """Standard deviation of a structure's logarithm about what its size says."""
 
 
 class CapacityForecast:
-    """Predicts the loss of a structure at a rung: its logarithm is linear in the logarithms of MACs and parameters.
+    """Predicts the loss of a structure at a rung: the logarithm is linear in those of MACs and parameters and in depth.
 
     What was measured corrects a prior by Bayesian linear regression (Bishop, Pattern Recognition and Machine Learning,
     3.3).  A rung trains for twice the time of the one before it.
 
     >>> forecast = CapacityForecast()
-    >>> small, large = forecast.predict([0.02, 0.2], [0.02, 0.2], 1)
+    >>> small, large = forecast.predict([0.02, 0.2], [0.02, 0.2], [0.5, 0.5], 1)
     >>> bool(small > large)
     True
     """
@@ -34,26 +37,28 @@ class CapacityForecast:
         self._rows: list[Array] = []
         self._logs: list[float] = []
 
-    def add(self, macs: float, parameters: float, rung: int, gap: float) -> None:
+    def add(self, macs: float, parameters: float, left_out: float, rung: int, gap: float) -> None:
         """Notes what a structure lost.
 
         Args:
             macs: multiply-accumulates, as a share of the original's.
             parameters: likewise.
+            left_out: share of the residual blocks that can leave which did.
             rung: after which it was measured.
             gap: quality below the original's, as a fraction.
         """
-        self._rows.append(_features(np.array([macs]), np.array([parameters]), rung)[0])
+        self._rows.append(_features([macs], [parameters], [left_out], rung)[0])
         self._logs.append(_log(gap))
 
-    def predict(self, macs: npt.ArrayLike, parameters: npt.ArrayLike, rung: int) -> Array:
+    def predict(
+        self, macs: Sequence[float], parameters: Sequence[float], left_out: Sequence[float], rung: int
+    ) -> Array:
         """Expected loss of quality of structures ``[n]`` at a rung, as a fraction."""
-        rows = _features(np.asarray(macs, dtype=np.float64), np.asarray(parameters, dtype=np.float64), rung)
-        return np.asarray(np.exp(rows @ self._weights()) - FLOOR)
+        return np.asarray(np.exp(_features(macs, parameters, left_out, rung) @ self._weights()) - FLOOR)
 
     def promoted(self, gap: float, share: float = 1.0) -> float:
         """The loss of a structure one rung up, or a share of that rung's way, from its loss now."""
-        slope = min(float(self._weights()[3]), 0.0)
+        slope = min(float(self._weights()[-1]), 0.0)
         return float(np.exp(_log(gap) + slope * np.log2(1.0 + share)) - FLOOR)
 
     def _weights(self) -> Array:
@@ -70,6 +75,6 @@ def _log(gap: float) -> float:
     return float(np.log(max(gap + FLOOR, 0.2 * FLOOR)))
 
 
-def _features(macs: Array, parameters: Array, rung: int) -> Array:
-    ones = np.ones_like(macs)
-    return np.stack([ones, np.log2(macs), np.log2(parameters), (rung - 1.0) * ones], axis=1)
+def _features(macs: Sequence[float], parameters: Sequence[float], left_out: Sequence[float], rung: int) -> Array:
+    columns = [np.ones(len(macs)), np.log2(macs), np.log2(parameters), np.asarray(left_out)]
+    return np.stack([*columns, np.full(len(macs), rung - 1.0)], axis=1)

@@ -18,7 +18,7 @@ from autocompress.search.study import Scored
 SHARES = (1.0, 0.75, 0.625, 0.5, 0.375, 0.25, 0.1875, 0.125)
 """Widths of the middle of a student, as shares of the original's channels."""
 
-TAPERS = (0.5, 1.0, 2.0, 4.0)
+TAPERS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """How much wider the last layers are than the first, relative to the original."""
 
 
@@ -32,6 +32,7 @@ class Structure:
         costs: the least of each predicted cost over the formats it may be delivered in.
         macs: multiply-accumulates as a share of the original's.
         parameters: likewise.
+        left_out: share of the residual blocks that can leave which did.
         work: time of a training step, likewise, as far as it follows from layers and activations.
         divergence: of what is stitched for it; None where nothing was.
         recovered: its weights after the last rung.
@@ -43,6 +44,7 @@ class Structure:
     costs: Mapping[str, float]
     macs: float
     parameters: float
+    left_out: float
     work: float
     divergence: float | None = None
     recovered: Recovered | None = None
@@ -183,10 +185,14 @@ def structures_of(context: Context, base: Base, plans: Sequence[CompressionPlan]
     table = base.skeleton.price([_with(plan, LayerPlan(), context, base) for plan in plans])
     macs, parameters = table.macs / whole.macs[0], table.size_bytes / whole.size_bytes[0]
     original = context.original.graph
+    dropped = base.spec.dropped if isinstance(base.spec, Student) else ()
+    left_out = len(dropped) / max(len(find_blocks(original)), 1)
     layers = len(base.graph.compressible) / len(original.compressible)
-    activations = [_activations(base.graph, plan.groups) / _activations(original, {}) for plan in plans]
+    whole_work, work = _activations(original, {}), [_activations(base.graph, plan.groups) for plan in plans]
     return [
-        Structure(base, plan, costs, float(macs[i]), float(parameters[i]), 0.5 * layers + 0.5 * activations[i])
+        Structure(
+            base, plan, costs, float(macs[i]), float(parameters[i]), left_out, 0.5 * layers + 0.5 * work[i] / whole_work
+        )
         for i, (plan, costs) in enumerate(zip(plans, _least_costs(context, base, plans), strict=True))
     ]
 

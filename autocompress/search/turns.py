@@ -84,7 +84,7 @@ class Turns:
         if structure.divergence is not None and rung == 1:
             self._judged.add(structure.divergence, gap)
         if not structure.base.fresh:
-            self._sized.add(structure.macs, structure.parameters, rung, gap)
+            self._sized.add(structure.macs, structure.parameters, structure.left_out, rung, gap)
 
     def next(self, first: int, at_once: int, available_s: float, formats_share: float) -> list[Turn]:
         """The turns that promise the most for their time; none where nothing promises anything or time is too short.
@@ -178,7 +178,9 @@ class Turns:
         """The quality that structures are expected to lose, once they are recovered for a first rung."""
         if not waiting:
             return []
-        by_size = self._sized.predict([s.macs for s in waiting], [s.parameters for s in waiting], 1)
+        by_size = self._sized.predict(
+            [s.macs for s in waiting], [s.parameters for s in waiting], [s.left_out for s in waiting], 1
+        )
         known = np.array([s.divergence if s.divergence is not None else np.nan for s in waiting])
         by_judgement = self._judged.predict(np.nan_to_num(known, nan=1.0))
         # Both are known of a stitched one: each errs in its own way.

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from autocompress.search.forecast import CapacityForecast
 
 shares = st.floats(0.001, 1.0)
-seen = st.lists(st.tuples(shares, shares, st.integers(1, 4), st.floats(-0.05, 0.9)), max_size=12)
+seen = st.lists(st.tuples(shares, shares, st.floats(0.0, 1.0), st.integers(1, 4), st.floats(-0.05, 0.9)), max_size=12)
 
 
 @given(seen)
-def test_it_stays_finite_whatever_was_seen(rows: list[tuple[float, float, int, float]]) -> None:
+def test_it_stays_finite_whatever_was_seen(rows: list[tuple[float, float, float, int, float]]) -> None:
     forecast = CapacityForecast()
     for row in rows:
         forecast.add(*row)
-    assert np.isfinite(forecast.predict([0.001, 1.0], [1.0, 0.001], 3)).all()
+    assert np.isfinite(forecast.predict([0.001, 1.0], [1.0, 0.001], [0.0, 1.0], 3)).all()
     for gap in (-0.05, 0.0, 0.3):
         # Longer training is never expected to make a model worse.
         assert forecast.promoted(gap) <= max(gap, -0.008) + 1e-9
@@ -25,17 +25,17 @@ def test_it_stays_finite_whatever_was_seen(rows: list[tuple[float, float, int, f
 
 def test_without_observations_the_prior_speaks() -> None:
     forecast = CapacityForecast()
-    whole, half, small = forecast.predict([1.0, 0.5, 0.03], [1.0, 0.5, 0.03], 1)
+    whole, half, small = forecast.predict([1.0, 0.5, 0.03], [1.0, 0.5, 0.03], [0.0] * 3, 1)
     assert abs(whole) < 1e-6
     assert 0.0 < half < small < 0.3
-    assert forecast.predict([0.03], [0.03], 2)[0] < small
+    assert forecast.predict([0.03], [0.03], [0.0], 2)[0] < small < forecast.predict([0.03], [0.03], [0.7], 1)[0]
 
 
 def test_observations_move_it() -> None:
     forecast = CapacityForecast()
     for share in (0.5, 0.2, 0.1, 0.05):
-        forecast.add(share, share, 1, 0.05)
-    near, far = forecast.predict([0.1, 1.0], [0.1, 1.0], 1)
+        forecast.add(share, share, 0.0, 1, 0.05)
+    near, far = forecast.predict([0.1, 1.0], [0.1, 1.0], [0.0, 0.0], 1)
     assert abs(near - 0.05) < 0.02
     assert far < 0.05
 
@@ -44,6 +44,6 @@ def test_what_longer_training_gains_is_learned() -> None:
     slow, quick = CapacityForecast(), CapacityForecast()
     for share in (0.2, 0.1, 0.05):
         for forecast, second in ((slow, 0.049), (quick, 0.01)):
-            forecast.add(share, share, 1, 0.05)
-            forecast.add(share, share, 2, second)
+            forecast.add(share, share, 0.0, 1, 0.05)
+            forecast.add(share, share, 0.0, 2, second)
     assert quick.promoted(0.05) < slow.promoted(0.05) < 0.05

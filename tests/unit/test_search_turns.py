@@ -25,7 +25,7 @@ def structure(name: str, share: float, error: float | None = None, rung: int = 0
     costs = {cost: value * share for cost, value in REFERENCE.items()}
     recovered = None if error is None else cast(Recovered, SimpleNamespace(error=error))
     return Structure(
-        BASE, CompressionPlan(groups={name: 1}), costs, share, share, share, recovered=recovered, rung=rung, **more
+        BASE, CompressionPlan(groups={name: 1}), costs, share, share, 0.0, share, recovered=recovered, rung=rung, **more
     )
 
 
