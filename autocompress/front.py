@@ -67,8 +67,23 @@ class Point:
         return self.info.quality.validation
 
     @property
+    def split(self) -> Literal["test", "validation"]:
+        """The split whose figures people are shown: the test split is scored for a finished search's models alone."""
+        return "validation" if self.info.quality.test is None else "test"
+
+    @property
+    def shown(self) -> float:
+        """The quality on ``split``."""
+        return self.validation if self.info.quality.test is None else self.info.quality.test
+
+    @property
+    def shown_drop(self) -> float | None:
+        """Points of quality lost against the original on ``split``; negative for a gain."""
+        return self.drop if self.info.quality.test is None else self.test_drop
+
+    @property
     def test(self) -> float:
-        """NaN where the model never stood on a front: its test split was not scored then."""
+        """NaN while the search runs, and where the model did not end on the front: the split was not scored then."""
         return math.nan if self.info.quality.test is None else self.info.quality.test
 
     @property

@@ -342,7 +342,7 @@ class Measurement(Value):
 class Quality(Value):
     """The task's metric on both splits; ``drop_ci95`` bounds the paired test drop against the original.
 
-    The test split is scored for models that stand on a front; of others nothing is known there.
+    The test split is scored once, for the models that a finished search delivers; of others nothing is known there.
     """
 
     validation: float

@@ -116,7 +116,8 @@ def _point(point: Point, session: Session, task: Task, target: Target) -> list[C
     checks = []
     size = point.onnx_path.stat().st_size
     checks.append(Check(f"{point.id}: size", size == point.size_bytes, f"{size} bytes"))
-    for split, written in (("validation", point.validation), ("test", point.test)):
+    scored = [("validation", point.validation), *([("test", point.test)] if point.split == "test" else [])]
+    for split, written in scored:
         data = task.split(split)
         batches = (data.batch(slice(i, i + BATCH)).inputs[0].numpy() for i in range(0, len(data), BATCH))
         outputs = torch.from_numpy(run_batches(session, batches))

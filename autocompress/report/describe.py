@@ -127,7 +127,8 @@ def wanted_text(front: LoadedFront) -> str:
 def verdict(front: LoadedFront) -> tuple[str, str]:
     """The result in one sentence, and what it rests on.
 
-    The point is chosen on validation quality; the sentence quotes the test split, which nothing was chosen on.
+    The point is chosen on validation quality; the sentence quotes the test split, which nothing was chosen on, once it
+    was scored.
     """
     if not front.points:
         return "No compressed model has been delivered yet.", "The search is running, or it was stopped early."
@@ -139,17 +140,17 @@ def verdict(front: LoadedFront) -> tuple[str, str]:
     else:
         point = min(front.points, key=lambda p: p.drop if p.drop is not None else error_of(metric, p.validation))
         why = "the least drop on validation"
-    kept = close and point.test_drop is not None and point.test_drop <= WITHIN_POINTS
-    place = f"within {WITHIN_POINTS:g} point of" if kept else f"at {drop_text(metric, point.test_drop)} against"
+    kept = close and point.shown_drop is not None and point.shown_drop <= WITHIN_POINTS
+    place = f"within {WITHIN_POINTS:g} point of" if kept else f"at {drop_text(metric, point.shown_drop)} against"
     return f"{gains_text(point)} {place} the original.", f"Point {point.id}, {why}: {_detail(point)}."
 
 
 def _detail(point: Point) -> str:
     metric = point.metric
-    parts = [f"test {metric.name} {quality_text(metric, point.test)}"]
-    if point.test_drop is not None:
+    parts = [f"{point.split} {metric.name} {quality_text(metric, point.shown)}"]
+    if point.shown_drop is not None:
         interval = drop_interval_text(point)
-        parts[0] += f" ({drop_text(metric, point.test_drop)}{f', 95% interval {interval}' if interval else ''})"
+        parts[0] += f" ({drop_text(metric, point.shown_drop)}{f', 95% interval {interval}' if interval else ''})"
     if point.latency_ms is not None:
         word = "" if point.info.latency_ms.measured is not None else " predicted"
         parts.append(f"{format_ms(point.latency_ms)}{word}")
@@ -159,7 +160,8 @@ def _detail(point: Point) -> str:
 
 def split_gap_text(front: LoadedFront) -> str:
     """How far validation quality, which points were chosen on, lies above test quality; empty without points."""
-    points, metric, gap = front.points, front.front.metric, front.front.search.split_gap
+    metric, gap = front.front.metric, front.front.search.split_gap
+    points = [point for point in front.points if point.split == "test"]
     if not points:
         return ""
     scale = points_per_unit(metric)

@@ -170,8 +170,9 @@ def _hover(point: Point, space: SpaceSummary) -> str:
     info, metric = point.info, point.metric
     measured = "measured" if info.latency_ms.measured is not None else "predicted"
     lines = [f"<b>{html.escape(point.id)}</b>  {gains_text(point) if point.info is not point.reference else ''}"]
-    change = f" ({drop_text(metric, point.test_drop)})" if point.test_drop is not None else ""
-    lines.append(f"test {html.escape(metric.name)} {quality_text(metric, point.test)}{change}")
+    if point.split == "test":
+        change = f" ({drop_text(metric, point.test_drop)})" if point.test_drop is not None else ""
+        lines.append(f"test {html.escape(metric.name)} {quality_text(metric, point.test)}{change}")
     lines.append(f"validation {quality_text(metric, point.validation)}")
     if point.latency_ms is not None:
         p95 = info.latency_ms.measured_p95

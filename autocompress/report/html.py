@@ -155,8 +155,8 @@ def _table(front: LoadedFront, space: SpaceSummary) -> list[dict[str, Any]]:
         point = front[str(key)]
         info = point.info
         raw = {
-            "test": point.test,
-            "drop": -(point.test_drop or 0.0),
+            "test": point.shown,
+            "drop": -(point.shown_drop or 0.0),
             "latency": point.latency_ms,
             "p95": info.latency_ms.measured_p95,
             "size": info.size_bytes,
@@ -175,7 +175,7 @@ def _table(front: LoadedFront, space: SpaceSummary) -> list[dict[str, Any]]:
 
 def _facts_of(point: Point) -> str:
     latency = "" if point.latency_ms is None else f", {format_ms(point.latency_ms)}"
-    quality = quality_text(point.metric, point.test)
+    quality = quality_text(point.metric, point.shown)
     return f"test {point.metric.name} {quality}{latency}, {format_bytes(point.size_bytes)}"
 
 

@@ -34,13 +34,14 @@ def _readable(point: Point, kind: str, space: SpaceSummary) -> dict[str, object]
     if point.latency_ms is not None and info.latency_ms.measured is None:
         band = info.latency_ms.error_band
         latency += " predicted" if band is None else f" ({band[0]:.3g}-{band[1]:.3g} predicted)"
+    interval = f"{low:.1%} to {high:.1%}" if fraction else f"{low:.4g} to {high:.4g}"
     kernels = [f"{count} {name}" for name, count in info.kernels.items() if count]
     return {
         "id": point.id,
         "kind": kind,
-        "test": quality_text(metric, point.test),
-        "interval": f"{low:.1%} to {high:.1%}" if fraction else f"{low:.4g} to {high:.4g}",
-        "drop": "" if kind == "reference" else drop_text(metric, point.test_drop, unit=False),
+        "test": quality_text(metric, point.shown) + ("" if point.split == "test" else " on validation"),
+        "interval": interval if point.split == "test" else "",
+        "drop": "" if kind == "reference" else drop_text(metric, point.shown_drop, unit=False),
         "drop_interval": "" if kind == "reference" else drop_interval_text(point),
         "latency": latency,
         "faster": "" if kind == "reference" or point.speedup is None else format_ratio(point.speedup),

@@ -22,6 +22,7 @@ from autocompress.methods.rounding import FINE_BITS
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Recipe
 from autocompress.progress import Progress
 from autocompress.search.context import Context, name_of, priced, prices
+from autocompress.search.deliver import ORIGINAL
 from autocompress.search.failures import reason_of
 from autocompress.search.ladder import RecipeStudy, without_labels
 from autocompress.search.menu import complete
@@ -158,9 +159,10 @@ class Climber:
         self.recipes = RecipeStudy(context.storage, settings, context.config.seed)
 
     def reserve(self) -> float:
-        """Seconds the last measurement will take: every model that may stand on the front once more."""
-        points, _ = self.context.delivery.select()
-        return 2.0 + (FINAL_MEASURE_S + 0.2) * (len(points) + 4)
+        """Seconds for the end: what may stand on the front is timed once more and scored on the test split."""
+        delivery = self.context.delivery
+        names = [ORIGINAL, *(point.id for point in delivery.select()[0])]
+        return 2.0 + (FINAL_MEASURE_S + 0.2) * (len(names) + 3) + delivery.scoring_seconds(names)
 
     def _available(self) -> float:
         return max(0.0, self.context.clock.left - self.reserve())

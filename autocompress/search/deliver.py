@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Literal
 
 import numpy as np
@@ -86,6 +87,7 @@ class Delivery:
     standing: frozenset[str] = frozenset()
     stages: Stages = field(default_factory=Stages)
     _scores: dict[tuple[str, str], Scores] = field(default_factory=dict)
+    _scoring_s: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._work = self.run / ".work" / "models"
@@ -201,6 +203,7 @@ class Delivery:
 
     def _score(self, name: str, split: str, folder: Path) -> torch.Tensor:
         """Runs a file over a split and keeps the scores beside it; gives its outputs."""
+        started = monotonic()
         runtime = runtime_here(self.target.runtime)
         session = runtime.session(folder / "model.onnx", threads=min(2, torch.get_num_threads()))
         data = self.task.split(split)
@@ -214,6 +217,7 @@ class Delivery:
             raise FloatingPointError(f"its scores are no finite numbers on the {split} split")
         np.save(folder / f"{split}.npy", scores.astype(np.float32))
         self._scores[name, split] = scores
+        self._scoring_s[name] = monotonic() - started
         return outputs
 
     def _score_test(self, name: str) -> None:
@@ -410,7 +414,6 @@ class Delivery:
 
         Models that left the front are removed only after the new ``front.json`` stands.
         """
-        self._score_front()
         points, rejected = self.select()
         reference = self.points[ORIGINAL]
         baselines = [self.points[UNIFORM_INT8]] if UNIFORM_INT8 in self.points else []
@@ -448,8 +451,13 @@ class Delivery:
                 shutil.rmtree(folder)
         return front
 
-    def _score_front(self) -> None:
-        """Scores what stands on the front on the test split; a model that cannot be scored there leaves it."""
+    def scoring_seconds(self, names: Sequence[str]) -> float:
+        """How long it will take to score models on the test split, by what their validation split took."""
+        ratio = len(self.task.split("test")) / max(len(self.task.split("validation")), 1)
+        return ratio * sum(self._scoring_s.get(name, 0.0) for name in names if self.points[name].quality.test is None)
+
+    def score_front(self) -> None:
+        """Scores what stands on the front on the test split, once; a model that cannot be scored there leaves it."""
         waiting = True
         while waiting:
             shown = [

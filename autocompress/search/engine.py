@@ -36,13 +36,13 @@ from autocompress.search.files import Clock, read_json, write_text
 from autocompress.search.gains import Outcome
 from autocompress.search.legs import mark_done
 from autocompress.search.menu import Menu, complete, format_of
-from autocompress.search.prefix import PrefixJudge
+from autocompress.search.prefix import PrefixJudge, side_by_side
 from autocompress.search.pricing import ChoicePricer
 from autocompress.search.proposing import make_proposals
 from autocompress.search.pruning import prune
 from autocompress.search.repair import Repair
 from autocompress.search.samplers import make_sampler
-from autocompress.search.seeds import FORMATS, Sensitivity, base_options, measure_sensitivity, uniform_seeds
+from autocompress.search.seeds import FORMATS, Judge, Sensitivity, base_options, measure_sensitivity, uniform_seeds
 from autocompress.search.stages import Stages
 from autocompress.search.study import PlanStudy, Scored, sampler_settings
 from autocompress.search.target import (
@@ -151,6 +151,8 @@ class Engine:
         return float(np.clip(self.clock.left / count - TIMING_OVERHEAD_S, LEAST_MEASURE_S, FINAL_MEASURE_S))
 
     def _complete(self) -> Front:
+        with self._stage("test"):
+            self.delivery.score_front()
         front = self._publish("complete")
         mark_done(self.run)
         self.delivery.require_feasible(front)
@@ -319,7 +321,10 @@ class Engine:
         if isinstance(stored, dict) and all(set(own) <= stored.get(name, {}).keys() for name, own in labels.items()):
             return Sensitivity(tuple(np.array([stored[name][label] for label in own]) for name, own in labels.items()))
         base = context.menu.plan_of(base_options(context.menu))
-        found = measure_sensitivity(context.menu, PrefixJudge(context.evaluator, base).judge, self.progress)
+        judge: Judge = PrefixJudge(context.evaluator, base).judge
+        if context.timed:
+            judge = side_by_side(judge, self.progress)
+        found = measure_sensitivity(context.menu, judge, self.progress)
         rows = zip(labels.items(), found.divergence, strict=True)
         write_text(path, json.dumps({name: dict(zip(own, row.tolist(), strict=True)) for (name, own), row in rows}))
         return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -16,8 +17,11 @@ from autocompress.methods.channel_correction import StatisticsCorrection
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.simulation import build_compressed
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph
+from autocompress.progress import Progress
 from autocompress.search.evaluate import WORST, StitchedEvaluator
 from autocompress.search.failures import is_expected, reason_of
+from autocompress.search.seeds import Judge
+from autocompress.search.together import together
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +104,31 @@ class PrefixJudge:
         values = line.branch(own.taps, base.taps) if start else own.module.enter(self.evaluator.correction_inputs)
         own.module.advance(values, start, len(layers))
         return own.result()
+
+
+def side_by_side(judge: Judge, progress: Progress) -> Judge:
+    """Judges halves of the plans at once, each with half of the threads: a forward pass keeps few of them busy.
+
+    Last digits then differ from those of one pass with all threads.
+    """
+
+    def both(plans: Sequence[CompressionPlan]) -> Iterator[tuple[int, float]]:
+        count = min(2, torch.get_num_threads(), len(plans)) or 1
+        parts = [range(first, len(plans), count) for first in range(count)]
+
+        def job(part: range, each: Progress) -> list[tuple[int, float]]:
+            found = []
+            for index, divergence in judge([plans[i] for i in part]):
+                each.advance()
+                found.append((part[index], divergence))
+            return found
+
+        for result in together([partial(job, part) for part in parts], progress):
+            if isinstance(result, Exception):
+                raise result
+            yield from result
+
+    return both
 
 
 def first_difference(graph: ModelGraph, base: CompressedModel, other: CompressedModel) -> int:

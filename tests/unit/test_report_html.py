@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from autocompress.front import load_front
-from autocompress.plan import CompressionPlan, LayerPlan, SplitGap, Student
+from autocompress.plan import CompressionPlan, LayerPlan, Quality, SplitGap, Student
 from autocompress.report import diagnostics, figures
 from autocompress.report.describe import describe_plan, highlights, split_gap_text, tied_text, verdict
 from autocompress.report.html import write_report
@@ -273,3 +273,23 @@ def test_the_line_joins_the_best_on_the_two_axes(run: Path) -> None:
     line = figures.front_figure(front, SpaceSummary((), {}), split="validation").data[0]
     assert list(line.x) == sorted(line.x)
     assert list(line.y) == sorted(line.y, reverse=True)
+
+
+def test_before_the_test_split_is_scored_people_see_validation(tmp_path: Path) -> None:
+    front = make_front()
+    bare = [p.model_copy(update={"quality": Quality(validation=p.quality.validation)}) for p in front.points]
+    reference = front.reference.model_copy(update={"quality": Quality(validation=front.reference.quality.validation)})
+    running = front.model_copy(
+        update={"status": "running", "points": tuple(bare), "reference": reference, "baselines": ()}
+    )
+    loaded = load_front(build_run(tmp_path / "run", running))
+    sentence, basis = verdict(loaded)
+    assert "nan" not in sentence + basis
+    assert "validation" in basis
+    assert split_gap_text(loaded) == ""
+    assert loaded.points[0].split == "validation"
+    assert loaded.points[0].shown == loaded.points[0].validation
+    assert loaded.points[0].test_drop is None
+    rows = readable_points(loaded, read_space(tmp_path / "none.json", []))
+    assert rows["test"].str.endswith(" on validation").all()
+    assert not rows.astype(str).apply(lambda column: column.str.contains("nan")).any().any()

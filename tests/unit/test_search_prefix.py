@@ -16,9 +16,10 @@ from autocompress.methods.channel_correction import StatisticsCorrection
 from autocompress.methods.database import LayerDatabase
 from autocompress.methods.statistics import collect
 from autocompress.plan import CompressionPlan, Layer
+from autocompress.progress import SilentProgress
 from autocompress.search.evaluate import WORST, StitchedEvaluator
 from autocompress.search.menu import Menu
-from autocompress.search.prefix import PrefixJudge, first_difference
+from autocompress.search.prefix import PrefixJudge, first_difference, side_by_side
 from autocompress.spaces import SearchSpace
 from autocompress.tasks.base import correctness
 from autocompress.tasks.splits import TensorSplit
@@ -138,3 +139,14 @@ def test_a_swap_that_cannot_be_built_is_the_worst_and_the_others_are_judged(
 
     monkeypatch.setattr(StitchedEvaluator, "correction", failing)
     assert dict(PrefixJudge(evaluator, base).judge(plans)) == {**wanted, 1: WORST}
+
+
+def test_halves_judged_side_by_side_are_judged_alike(evaluator: StitchedEvaluator, menu: Menu) -> None:
+    base = menu.uniform(1.0, "fp32", 32)
+    plans = near(menu, base, 7)
+    judge = PrefixJudge(evaluator, menu.plan(base)).judge
+    both = dict(side_by_side(judge, SilentProgress())(plans))
+    alone = dict(judge(plans))
+    assert both == pytest.approx(alone, rel=1e-3, abs=1e-6)
+    assert sorted(both) == list(range(7))
+    assert list(side_by_side(judge, SilentProgress())([])) == []
