@@ -468,9 +468,11 @@ class Delivery:
             for name in shown:
                 try:
                     self._score_test(name)
-                except FloatingPointError as error:
+                except OSError:
+                    raise
+                except Exception as error:
                     if name == ORIGINAL:
-                        raise UsageError(f"the original fails as exported: {error}") from error
+                        raise UsageError(f"the original cannot be scored on the test split: {error}") from error
                     self.fail(name, error)
                     del self.points[name]
                     shutil.rmtree(self._work / name)
