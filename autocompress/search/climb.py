@@ -38,7 +38,7 @@ from autocompress.search.variants import variants
 
 logger = logging.getLogger(__name__)
 
-FIRST_RUNGS, TYPICAL_WORK = 30, 0.3
+FIRST_RUNGS, TYPICAL_WORK = 36, 0.3
 """A first rung of a structure whose steps take ``TYPICAL_WORK`` of the original's takes this part of recovery; every
 further one takes twice as many steps as the one before it."""
 
