@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from autocompress.graph.rewrite import rewrite, slice_weights
+from autocompress.methods.channel_correction import StatisticsCorrection
 from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.linear import NestedRefits, refit
 from autocompress.methods.quantization import activation_formats, assign_ranges, weight_axis
@@ -87,6 +88,13 @@ class LayerDatabase:
         plan = plan.model_copy(update={"activations": activations})
         ranges = assign_ranges(graph, activations, self.range_of)
         return CompressedModel(graph=graph, weights=weights, plan=plan, weight_scales=scales, ranges=ranges)
+
+    def correction(self, plan: CompressionPlan) -> StatisticsCorrection:
+        """A plan as stitched, its channels' statistics still to be corrected by a pass over some inputs."""
+        rows = self.kept_outputs(plan)
+        means = {name: value[rows[name]] for name, value in self.statistics.means.items() if name in rows}
+        deviations = {name: value[rows[name]] for name, value in self.statistics.deviations.items() if name in rows}
+        return StatisticsCorrection(self.stitch(plan), means, deviations)
 
     def kept_outputs(self, plan: CompressionPlan) -> dict[str, torch.Tensor]:
         """For each weight layer, the indices of its original output channels that a plan keeps."""

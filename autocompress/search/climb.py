@@ -305,11 +305,13 @@ class Climber:
 
     def _start(self, structure: Structure) -> tuple[ModelGraph, Mapping[str, torch.Tensor]]:
         """Graph and float weights a recovery begins with."""
+        if structure.recovered is not None:
+            return structure.recovered.graph, structure.recovered.weights
         base, original = structure.base, self.context.original
         if base.weights is not None and base is not original:
             return base.graph, base.weights
         parent = self._parent(structure)
-        if parent is not None and parent.recovered is not None and structure.recovered is None:
+        if parent is not None and parent.recovered is not None:
             keep = {g.id: structure.plan.groups.get(g.id, g.size) for g in base.graph.groups}
             recovered = parent.recovered
             return narrowed(

@@ -297,12 +297,16 @@ class Delivery:
             except Exception as error:
                 if name == ORIGINAL:
                     raise UsageError(f"the original does not run as exported: {reason_of(error)}") from error
-                self.fail(name, error)
-                del self.points[name]
-                shutil.rmtree(self._work / name)
+                self._withdraw(name, error)
             else:
                 running.append(name)
         return running
+
+    def _withdraw(self, name: str, error: Exception) -> None:
+        """Takes a model back that turned out not to run."""
+        self.fail(name, error)
+        del self.points[name]
+        shutil.rmtree(self._work / name)
 
     def _record(self, name: str, taken: LatencyStats) -> None:
         point = self.points[name]
@@ -473,9 +477,7 @@ class Delivery:
                 except Exception as error:
                     if name == ORIGINAL:
                         raise UsageError(f"the original cannot be scored on the test split: {error}") from error
-                    self.fail(name, error)
-                    del self.points[name]
-                    shutil.rmtree(self._work / name)
+                    self._withdraw(name, error)
                     waiting = True
 
     def _split_gap(self, points: Sequence[FrontPoint]) -> SplitGap | None:

@@ -66,11 +66,7 @@ class StitchedEvaluator:
 
     def correction(self, plan: CompressionPlan) -> StatisticsCorrection:
         """The candidate as stitched, its correction still to be done by a pass over ``correction_inputs``."""
-        statistics = self.database.statistics
-        rows = self.database.kept_outputs(plan)
-        means = {name: value[rows[name]] for name, value in statistics.means.items() if name in rows}
-        deviations = {name: value[rows[name]] for name, value in statistics.deviations.items() if name in rows}
-        return StatisticsCorrection(self.database.stitch(plan), means, deviations)
+        return self.database.correction(plan)
 
     def __call__(self, plan: CompressionPlan) -> Stitched:
         key = plan.structure_digest

@@ -8,7 +8,6 @@ import torch
 
 from autocompress.graph.blocks import drop_blocks
 from autocompress.graph.executor import GraphModule
-from autocompress.methods.channel_correction import StatisticsCorrection
 from autocompress.methods.database import LayerDatabase
 from autocompress.methods.statistics import collect
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph
@@ -41,10 +40,7 @@ def narrowed(
     database = LayerDatabase(graph, weights, collect(module, some, seed=0))
     groups = {group.id: min(keep.get(group.id, group.size), group.size) for group in graph.groups}
     plan = CompressionPlan(groups=groups, layers={layer.name: LayerPlan() for layer in graph.compressible})
-    statistics, rows = database.statistics, database.kept_outputs(plan)
-    means = {name: value[rows[name]] for name, value in statistics.means.items() if name in rows}
-    deviations = {name: value[rows[name]] for name, value in statistics.deviations.items() if name in rows}
-    correction = StatisticsCorrection(database.stitch(plan), means, deviations)
+    correction = database.correction(plan)
     with torch.no_grad():
         correction.module(*some[0])
     stitched = correction.result()

@@ -19,7 +19,7 @@ def make_proposals(context: Context, sensitivity: Sensitivity) -> Proposals:
     forecast = RecoveryForecast()
 
     def drop(divergences: np.ndarray) -> np.ndarray:
-        # By the root, as in ``Context.box``, and of the loss that is left after recovery.
+        # By the root, so that the cheap end counts too, and of the loss that is left after recovery.
         expected = forecast.predict(np.asarray(divergences, dtype=np.float64))
         return np.asarray(np.sqrt(expected * 100.0 / context.widest_drop))
 

@@ -137,7 +137,7 @@ def stitched(context: Context, scored: Sequence[Scored]) -> list[Structure]:
 def students(context: Context, bases: Bases) -> list[Structure]:
     """Shallower models at many widths, none of them judged; the least harmful residual blocks leave first."""
     offered = context.space.students
-    if "inherit" not in offered.init or not (offered.depths or offered.widths):
+    if "inherit" not in offered.init or not offered.depths:
         return []
     blocks = sorted((block.name for block in find_blocks(context.original.graph)), key=bases.harm)
     options = {knob.group: [o.keep for o in knob.options if o.keep] for knob in context.menu.knobs if knob.group}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
 
 from benchmarks import search, search_page
+from benchmarks.ablations import ABLATIONS
 from benchmarks.search_curves import Scored, volume
 
 
@@ -64,3 +66,11 @@ def test_a_front_that_is_as_good_as_the_original_and_8x_32x_fills_the_box() -> N
     assert volume([Scored(0.9, 0.9, 1.0, 100)], original, "test") == pytest.approx(1.0)
     assert volume([Scored(0.8, 0.85, 1.0, 100)], original, "test") == pytest.approx(0.5)
     assert volume([original], original, "test") == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("part", ABLATIONS)
+def test_what_an_ablation_leaves_out_is_there(part: str) -> None:
+    try:
+        ABLATIONS[part]()
+    finally:
+        patch.stopall()
