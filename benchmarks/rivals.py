@@ -45,7 +45,7 @@ from autocompress.search.engine import Engine
 from autocompress.search.files import Clock, write_text
 from autocompress.search.menu import Menu, complete
 from autocompress.search.pricing import NamedPrices
-from autocompress.search.recover import Recovered, Trainer
+from autocompress.search.recover import BATCH, Recovered, Trainer
 from autocompress.search.seeds import dp_surface
 from autocompress.search.variants import variants
 from autocompress.spaces import load_space
@@ -54,6 +54,9 @@ from autocompress.tasks import load_task
 logger = logging.getLogger(__name__)
 
 METHODS = ("nsga2", "tpe", "random", "quantize", "sequence")
+COUNTED_BATCH = 128
+"""Samples a training step where each trial has a fixed number of steps."""
+
 FORMAT_STEPS = 0.25
 """Steps with low-bit formats simulated, as a share of a trial's."""
 
@@ -79,7 +82,10 @@ class Rival(Engine):
         self.context = context = self._set_up()
         teacher = build_module(context.original.graph, context.original.weights or {})
         taught = teach(teacher, self.task.split("train"), self.task.augmentation.flip, self.progress)
-        self.trainer = Trainer(self.task, taught, self.config.seed)
+        # A count of steps gets further with more samples each; against the clock smaller batches do.
+        self.trainer = Trainer(
+            self.task, taught, self.config.seed, batch_size=BATCH if self.method == "sequence" else COUNTED_BATCH
+        )
         self.blocks = [b.name for b in find_blocks(context.original.graph)]
         if self.blocks:
             self.blocks.sort(key=self._harm)

@@ -48,10 +48,10 @@ FIRST_LEAST, FIRST_MOST = 120, 1000
 FORMATS_SHARE = 0.3
 """Share of a rung's time that trains with number formats simulated, where there are formats that need it."""
 
-LOW_BITS_FIRST, LOW_BITS_LATER = 1, 2
-"""Such formats that a structure is delivered in, after its first rung and after later ones."""
+LOW_BITS = 2
+"""Such formats that a structure is delivered in, at most; none after a first rung unless all within budget are such."""
 
-LESSONS_FIRST_S, LESSONS_SHARE = 4.0, 0.15
+LESSONS_FIRST_S, LESSONS_SHARE = 4.0, 0.1
 """Seconds for the teacher's first answers, and its share of a rung's time until it has answered for all samples."""
 
 FRESH_LEAST = 500
@@ -214,6 +214,7 @@ class Climber:
 
     def _train(self, turn: Turn, recipe: Recipe, seconds: float | None, progress: Progress) -> Trained:
         structure = turn.structure
+        simulated = FORMATS_SHARE if turn.rung > 1 or all(map(_low_bits, self._variants(structure))) else 0.0
         graph, weights = self._start(structure)
         recovered = self.trainer.float_recovery(
             graph,
@@ -221,7 +222,7 @@ class Climber:
             recipe,
             fresh=structure.base.fresh,
             steps=(STEPS_FIRST if turn.rung == 1 else STEPS_SECOND) if seconds is None else MAX_STEPS,
-            seconds=None if seconds is None else seconds * (1.0 - FORMATS_SHARE),
+            seconds=None if seconds is None else seconds * (1.0 - simulated),
             progress=progress,
             before=structure.recovered,
         )
@@ -230,7 +231,7 @@ class Climber:
             # Starting anew from the peak of the learning rate can lose more than a rung wins.
             recovered = dataclasses.replace(before, steps=recovered.steps, seconds=recovered.seconds)
         trained = dataclasses.replace(structure, recovered=recovered, rung=turn.rung)
-        return Trained(recovered, self._models(trained, None if seconds is None else seconds * FORMATS_SHARE, progress))
+        return Trained(recovered, self._models(trained, None if seconds is None else seconds * simulated, progress))
 
     def _note(self, turn: Turn, trial: optuna.Trial | None, recipe: Recipe, result: Trained | Exception) -> list[Model]:
         """Keeps what a turn came to and lets the forecasts learn from it; gives the models to deliver."""
@@ -359,8 +360,8 @@ class Climber:
         plans = self._variants(structure)
         if context.timed:
             plans = self.turns.promising(structure, plans)
-            most = LOW_BITS_FIRST if structure.rung == 1 else LOW_BITS_LATER
-            plans = [*[p for p in plans if not _low_bits(p)], *[p for p in plans if _low_bits(p)][:most]]
+            fine = [plan for plan in plans if not _low_bits(plan)]
+            plans = fine if fine and structure.rung == 1 else [*fine, *[p for p in plans if _low_bits(p)][:LOW_BITS]]
         low = max(1, sum(_low_bits(plan) for plan in plans))
         found = []
         for plan in plans:

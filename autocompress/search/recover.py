@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 FRESH_LEARNING_RATE = 3.0
 """How much faster fresh weights learn than inherited ones."""
 
-BATCH, SMALL_BATCH, FEW_SAMPLES = 128, 64, 10_000
-"""Samples a training step, and for data sets of fewer than ``FEW_SAMPLES``."""
+BATCH = 64
+"""Samples a training step: in the same time, twice as many steps of 64 reach a lower error than steps of 128 (ResNet-20
+at 9% of its MACs on Fashion-MNIST: 10.4 against 10.9% after 25 s, 7.7 against 7.9% after 150 s); 32 gain no more."""
 
 QAT_LEARNING_RATE = 0.25
 """Learning rate with formats simulated, relative to the recipe's."""
@@ -65,13 +66,14 @@ class Trainer:
         teacher: training samples with the teacher's answers.
         seed: of the sample order.
         repeatable: whether the same steps must give the same weights; it rules out choices made by timing.
+        batch_size: samples a training step.
     """
 
-    def __init__(self, task: Task, teacher: TeacherData, seed: int, repeatable: bool = False) -> None:
+    def __init__(
+        self, task: Task, teacher: TeacherData, seed: int, repeatable: bool = False, batch_size: int = BATCH
+    ) -> None:
         self.task, self.teacher, self.seed = task, teacher, seed
-        # Few samples make short epochs: smaller batches take more steps in the same time.
-        self.batch_size = SMALL_BATCH if len(teacher.split) < FEW_SAMPLES else BATCH
-        self.repeatable = repeatable
+        self.repeatable, self.batch_size = repeatable, batch_size
         calibration = task.split("calibration").inputs
         self.calibration = [(calibration[i : i + 128],) for i in range(0, len(calibration), 128)]
 

@@ -93,7 +93,7 @@ class Turns:
             first: steps of a first rung.
             at_once: how many to take side by side.
             available_s: seconds for training them and delivering what they come to.
-            formats_share: share of a turn's time that trains with number formats simulated.
+            formats_share: share of a turn's time, after a first rung, that trains with number formats simulated.
         """
         turns = self._possible(first, formats_share, available_s)
         present = [self.outcome(s) for s in self.recovered.values()]
@@ -131,9 +131,7 @@ class Turns:
         left = max(available_s - self.delivery_s[-1], 0.0)
 
         def lasting(structure: Structure, steps: int) -> float | None:
-            if not context.timed:
-                return None
-            return steps * float(np.median(self.step_s[-5:])) * structure.work / (1.0 - formats_share)
+            return steps * float(np.median(self.step_s[-5:])) * structure.work if context.timed else None
 
         entering, found = [], []
         if context.timed or self.entered < ENTRANTS:
@@ -150,6 +148,7 @@ class Turns:
                 if higher and f"{s.id}-rung{s.rung + 1}" not in failures:
                     seconds, share = lasting(s, first * 2**s.rung), 1.0
                     if seconds is not None:
+                        seconds /= 1.0 - formats_share
                         # It may end sooner, and promises less then.
                         share = min(1.0, left / seconds)
                         seconds *= share
