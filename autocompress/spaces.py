@@ -67,12 +67,16 @@ class Students(_Section):
 
 
 class Distillation(_Section):
-    """Settings that recovery may choose: see :class:`autocompress.plan.Recipe`."""
+    """Settings that recovery may choose: see :class:`autocompress.plan.Recipe`.
+
+    ``qat`` says whether recovery may train 4-bit weights with their rounding simulated.
+    """
 
     alpha: tuple[float, ...] = (0.5,)
     temperature: tuple[float, ...] = (2.0,)
     feature_weight: tuple[float, ...] = (0.0,)
     learning_rate: tuple[float, ...] = (1e-2,)
+    qat: tuple[bool, ...] = (True, False)
 
     @field_validator("alpha")
     @classmethod
@@ -93,6 +97,11 @@ class Distillation(_Section):
     def _not_negative(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if any(number < 0 for number in value):
             raise ValueError(f"{list(value)} is not allowed; give numbers from 0 on")
+        return _options(value)
+
+    @field_validator("qat")
+    @classmethod
+    def _some(cls, value: tuple[bool, ...]) -> tuple[bool, ...]:
         return _options(value)
 
 

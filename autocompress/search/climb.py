@@ -24,10 +24,10 @@ from autocompress.progress import Progress
 from autocompress.search.context import Context, name_of, priced, prices
 from autocompress.search.deliver import ORIGINAL
 from autocompress.search.failures import reason_of
-from autocompress.search.ladder import RecipeStudy, without_labels
 from autocompress.search.menu import complete
 from autocompress.search.narrowing import narrowed
 from autocompress.search.quiet import Quiet
+from autocompress.search.recipes import FormatsStudy, RecipeStudy, without_labels
 from autocompress.search.recover import Climbed, Recovered, Trainer, load_recovered, save_recovered
 from autocompress.search.rungs import RungLog, RungRow
 from autocompress.search.structures import Bases, Structure, fresh_students, reprice, stitched, structures_of, students
@@ -87,6 +87,16 @@ class Trained:
     models: Sequence[Model]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What Optuna chose for a turn: a recipe, and whether low-bit formats are simulated; with the trials to be told."""
+
+    recipe: Recipe
+    qat: bool
+    recipe_trial: optuna.Trial | None
+    qat_trial: optuna.Trial | None
+
+
 class Climber:
     """Recovers the structures of one run.
 
@@ -116,7 +126,7 @@ class Climber:
         for structure in turns.recovered.values():
             if not self._time_left():
                 return
-            self._deliver(self._models(structure, None, Quiet(context.progress)))
+            self._deliver(self._models(structure, True, None, Quiet(context.progress)))
         count = 1
         if context.timed:
             weights = context.evaluator.database.weights
@@ -157,6 +167,7 @@ class Climber:
         if train.labels is None:
             settings = without_labels(settings)
         self.recipes = RecipeStudy(context.storage, settings, context.config.seed)
+        self.formats = FormatsStudy(context.storage, settings, context.config.seed)
 
     def reserve(self) -> float:
         """Seconds for the end: what may stand on the front is timed once more and scored on the test split."""
@@ -202,24 +213,36 @@ class Climber:
             seconds = min(max(turn.seconds or 0.0 for turn in turns), self._available())
             with context.delivery.stages.of("teacher"):
                 self.trainer.teacher.extend(LESSONS_SHARE * seconds)
-        asked = [self.recipes.ask() if turn.rung == 1 else (None, self.recipes.best()) for turn in turns]
-        jobs = [partial(self._train, turn, recipe, seconds) for turn, (_, recipe) in zip(turns, asked, strict=True)]
+        asked = [self._ask(turn) for turn in turns]
+        jobs = [partial(self._train, turn, given, seconds) for turn, given in zip(turns, asked, strict=True)]
         results = together(jobs, context.progress)
         started = monotonic()
         models: list[Model] = []
-        for turn, (trial, recipe), result in zip(turns, asked, results, strict=True):
-            models += self._note(turn, trial, recipe, result)
+        for turn, given, result in zip(turns, asked, results, strict=True):
+            models += self._note(turn, given, result)
         self._deliver(models)
+        for turn, given in zip(turns, asked, strict=True):
+            if given.qat_trial is not None:
+                names = [name_of(m.plan) for m in models if m.structure is turn.structure and _low_bits(m.plan)]
+                self.formats.tell(given.qat_trial, self._open_after(turn, names), turn.structure.key)
         self.turns.delivery_s.append(monotonic() - started)
 
-    def _train(self, turn: Turn, recipe: Recipe, seconds: float | None, progress: Progress) -> Trained:
+    def _ask(self, turn: Turn) -> Asked:
+        trial, recipe = self.recipes.ask() if turn.rung == 1 else (None, self.recipes.best())
+        low_bits = [_low_bits(plan) for plan in self._variants(turn.structure)]
+        if not (all(low_bits) if self.context.timed and turn.rung == 1 else any(low_bits)):
+            return Asked(recipe, False, trial, None)
+        qat_trial, qat = self.formats.ask()
+        return Asked(recipe, qat, trial, qat_trial)
+
+    def _train(self, turn: Turn, asked: Asked, seconds: float | None, progress: Progress) -> Trained:
         structure = turn.structure
-        simulated = FORMATS_SHARE if turn.rung > 1 or all(map(_low_bits, self._variants(structure))) else 0.0
+        simulated = FORMATS_SHARE if asked.qat else 0.0
         graph, weights = self._start(structure)
         recovered = self.trainer.float_recovery(
             graph,
             weights,
-            recipe,
+            asked.recipe,
             fresh=structure.base.fresh,
             steps=(STEPS_FIRST if turn.rung == 1 else STEPS_SECOND) if seconds is None else MAX_STEPS,
             seconds=None if seconds is None else seconds * (1.0 - simulated),
@@ -231,9 +254,10 @@ class Climber:
             # Starting anew from the peak of the learning rate can lose more than a rung wins.
             recovered = dataclasses.replace(before, steps=recovered.steps, seconds=recovered.seconds)
         trained = dataclasses.replace(structure, recovered=recovered, rung=turn.rung)
-        return Trained(recovered, self._models(trained, None if seconds is None else seconds * simulated, progress))
+        left = None if seconds is None else seconds * simulated
+        return Trained(recovered, self._models(trained, asked.qat, left, progress))
 
-    def _note(self, turn: Turn, trial: optuna.Trial | None, recipe: Recipe, result: Trained | Exception) -> list[Model]:
+    def _note(self, turn: Turn, asked: Asked, result: Trained | Exception) -> list[Model]:
         """Keeps what a turn came to and lets the forecasts learn from it; gives the models to deliver."""
         context, structure, rung = self.context, turn.structure, turn.rung
         expected = None if structure.divergence is None and rung == 1 else context.error + turn.drop
@@ -244,16 +268,16 @@ class Climber:
         if isinstance(result, Exception):
             # Whatever it is, it is this structure's: the others are recovered all the same.
             context.delivery.fail(f"{structure.id}-rung{rung}", result)
-            if trial is not None:
-                self.recipes.tell(trial, None, structure.key, reason_of(result))
-            self.rungs.add(self._row(structure, rung, recipe, expected, None, reason_of(result)))
+            if asked.recipe_trial is not None:
+                self.recipes.tell(asked.recipe_trial, None, structure.key, reason_of(result))
+            self.rungs.add(self._row(structure, rung, asked, expected, None, reason_of(result)))
             context.progress.advance()
             return []
         recovered, before = result.recovered, structure.recovered
         path = context.run / ".work" / "recovered" / f"{structure.key}-{rung}.safetensors"
         save_recovered(recovered, Climbed(structure.plan, structure.divergence, rung, context.clock.leg), path)
-        if trial is not None:
-            self.recipes.tell(trial, self._open_share(turn, recovered), structure.key)
+        if asked.recipe_trial is not None:
+            self.recipes.tell(asked.recipe_trial, _open_share(turn, recovered.error - context.error), structure.key)
         steps, taken = (
             (recovered.steps, recovered.seconds)
             if before is None
@@ -264,7 +288,7 @@ class Climber:
         self.turns.observe(structure, recovered, rung)
         structure.recovered, structure.rung = recovered, rung
         self.turns.recovered[structure.key] = structure
-        self.rungs.add(self._row(structure, rung, recipe, expected, recovered))
+        self.rungs.add(self._row(structure, rung, asked, expected, recovered))
         logger.info(
             "rung %d of %s (%.3f of the MACs, %.3f of the parameters, %d blocks fewer): %d steps, validation error "
             "%.4f, %.4f expected (original %.4f)",
@@ -278,7 +302,7 @@ class Climber:
         self,
         structure: Structure,
         rung: int,
-        recipe: Recipe,
+        asked: Asked,
         expected: float | None,
         recovered: Recovered | None,
         failure: str = "",
@@ -297,10 +321,11 @@ class Climber:
             error=recovered.error if recovered else None,
             steps=recovered.steps if recovered else 0,
             seconds=round(recovered.seconds, 3) if recovered else 0.0,
-            alpha=recipe.alpha,
-            temperature=recipe.temperature,
-            feature_weight=recipe.feature_weight,
-            learning_rate=recipe.learning_rate,
+            alpha=asked.recipe.alpha,
+            temperature=asked.recipe.temperature,
+            feature_weight=asked.recipe.feature_weight,
+            learning_rate=asked.recipe.learning_rate,
+            qat=asked.qat,
             failure=failure,
         )
 
@@ -329,9 +354,11 @@ class Climber:
         parents = [s for s in self.turns.recovered.values() if s.key != structure.key and s.contains(structure)]
         return min(parents, key=lambda s: (s.macs, s.parameters), default=None)
 
-    def _open_share(self, turn: Turn, recovered: Recovered) -> float:
-        """The loss of quality against the one expected of this structure: comparable between structures."""
-        return max(recovered.error - self.context.error, 0.0) / max(turn.drop, 1e-3)
+    def _open_after(self, turn: Turn, names: Sequence[str]) -> float | None:
+        """The open share of the best of a turn's models; None where none of them was delivered."""
+        delivery = self.context.delivery
+        drops = [delivery.drop_of(delivery.points[name]) / 100.0 for name in names if name in delivery.points]
+        return _open_share(turn, min(drops)) if drops else None
 
     # -------------------------------------------------------------------------------------------------- delivery
 
@@ -347,11 +374,12 @@ class Climber:
                 kept.append(plan.model_copy(update={"base": structure.base.spec}))
         return kept
 
-    def _models(self, structure: Structure, seconds: float | None, progress: Progress) -> list[Model]:
+    def _models(self, structure: Structure, qat: bool, seconds: float | None, progress: Progress) -> list[Model]:
         """A recovered structure in each of the number formats that it is worth delivering in and was not yet.
 
         Args:
             structure: that was recovered.
+            qat: whether to train with formats simulated that need it.
             seconds: for training with formats simulated; None where steps are counted.
             progress: advanced at every step.
         """
@@ -374,7 +402,7 @@ class Climber:
                 model = self.trainer.to_formats(
                     recovered,
                     plan,
-                    steps=STEPS_FORMATS if seconds is None else MAX_STEPS,
+                    steps=0 if not qat else STEPS_FORMATS if seconds is None else MAX_STEPS,
                     seconds=None if seconds is None else seconds / low,
                     progress=progress,
                 )
@@ -409,6 +437,11 @@ class Climber:
             for base in self.bases.made:
                 base.skeleton.adopt(context.original.skeleton)
             reprice(context, [*self.turns.recovered.values(), *self.turns.waiting])
+
+
+def _open_share(turn: Turn, drop: float) -> float:
+    """The loss of quality against the one expected of this structure: comparable between structures."""
+    return max(drop, 0.0) / max(turn.drop, 1e-3)
 
 
 def _low_bits(plan: CompressionPlan) -> bool:

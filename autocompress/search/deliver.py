@@ -1,4 +1,4 @@
-"""Exports candidates, measures the files in the runtime, and publishes those that belong to the front."""
+"""Exports candidates, measures the files in the runtime, and says which of them are the front."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from autocompress.errors import InfeasibleError, UsageError
+from autocompress.errors import UsageError
 from autocompress.export.checkpoint import save_checkpoint
-from autocompress.export.files import write_atomic
 from autocompress.export.metadata import ArtifactMetrics, Provenance, describe, stamp
 from autocompress.export.onnx import write_onnx
-from autocompress.front import error_of, latency_of, points_frame
+from autocompress.front import error_of, latency_of
 from autocompress.hardware.profile import cpu_description
 from autocompress.methods.compressed import CompressedModel, not_finite
 from autocompress.methods.simulation import build_compressed
-from autocompress.plan import Estimate, Front, FrontPoint, Latency, Quality, SearchSummary, SplitGap, Target
+from autocompress.plan import Estimate, FrontPoint, Latency, Quality, Target
 from autocompress.progress import Progress, SilentProgress
 from autocompress.runtime.base import run_batches, runtime_here
 from autocompress.runtime.kernels import check_kernels
@@ -32,7 +30,7 @@ from autocompress.runtime.timing import LatencyStats, measure_latency
 from autocompress.search.failures import is_expected, reason_of
 from autocompress.search.files import read_json, write_text
 from autocompress.search.membership import apart_mask, front_mask
-from autocompress.search.scoring import Scores, front_hypervolume, interval, paired_drop, split_gap, ties
+from autocompress.search.scoring import Scores, interval, paired_drop, ties
 from autocompress.search.stages import Stages
 from autocompress.search.target import BANDED
 from autocompress.tasks.base import Task
@@ -70,6 +68,8 @@ class Delivery:
         failures: why candidates did not become a point: by the name of the model, or of the recovery, that failed.
         stages: where the time goes.
         standing: the front as last published: of two points as good as alike, one that stands there stays.
+        scores: of each sample, by point and split.
+        files: the folder that holds a folder of files a model.
     """
 
     run: Path
@@ -86,16 +86,16 @@ class Delivery:
     failures: dict[str, str] = field(default_factory=dict)
     standing: frozenset[str] = frozenset()
     stages: Stages = field(default_factory=Stages)
-    _scores: dict[tuple[str, str], Scores] = field(default_factory=dict)
+    scores: dict[tuple[str, str], Scores] = field(default_factory=dict)
     _scoring_s: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._work = self.run / ".work" / "models"
+        self.files = self.run / ".work" / "models"
         published = read_json(self.run / "front.json")
         if published is not None:
             self.standing = frozenset(point["id"] for point in published["points"])
         self.failures.update(read_json(self._failed) or {})
-        for path in sorted(self._work.glob("*/metrics.json")):
+        for path in sorted(self.files.glob("*/metrics.json")):
             facts = json.loads(path.read_text(encoding="utf-8"))
             point = FrontPoint.model_validate(facts["point"])
             # A process that was stopped between stamping a file and noting it left the file a few bytes longer.
@@ -106,7 +106,7 @@ class Delivery:
             self.bounds[path.parent.name] = facts.get("bounds", {})
             for split in ("validation", "test"):
                 if (path.parent / f"{split}.npy").is_file():
-                    self._scores[path.parent.name, split] = np.load(path.parent / f"{split}.npy").astype(np.float64)
+                    self.scores[path.parent.name, split] = np.load(path.parent / f"{split}.npy").astype(np.float64)
 
     # --------------------------------------------------------------------------------------------- exporting
 
@@ -143,7 +143,7 @@ class Delivery:
         """
         if name in self.points or name in self.failures:
             return name in self.points
-        folder = self._work / f"{name}.part"
+        folder = self.files / f"{name}.part"
         try:
             compressed = make()
             with self.stages.of("export"):
@@ -180,7 +180,7 @@ class Delivery:
         self.points[name] = FrontPoint(
             id=name,
             plan=compressed.plan,
-            quality=Quality(validation=float(self._scores[name, "validation"].mean())),
+            quality=Quality(validation=float(self.scores[name, "validation"].mean())),
             latency_ms=Latency(
                 predicted=None if latency is None else latency.value,
                 measured=None,
@@ -197,7 +197,7 @@ class Delivery:
             runtime_agreement=agreement,
             kernels=dict(report.counts),
         )
-        final = self._work / name
+        final = self.files / name
         shutil.rmtree(final, ignore_errors=True)
         folder.rename(final)
 
@@ -216,7 +216,7 @@ class Delivery:
         if not np.isfinite(scores).all():
             raise FloatingPointError(f"its scores are no finite numbers on the {split} split")
         np.save(folder / f"{split}.npy", scores.astype(np.float32))
-        self._scores[name, split] = scores
+        self.scores[name, split] = scores
         self._scoring_s[name] = monotonic() - started
         return outputs
 
@@ -224,12 +224,37 @@ class Delivery:
         """Scores a model that stands on the front on the test split, once."""
         point = self.points[name]
         if point.quality.test is None:
-            self._score(name, "test", self._work / name)
-            test, reference = self._scores[name, "test"], self._scores.get((ORIGINAL, "test"))
+            self._score(name, "test", self.files / name)
+            test, reference = self.scores[name, "test"], self.scores.get((ORIGINAL, "test"))
             drop = None if reference is None or name == ORIGINAL else paired_drop(reference, test)
             facts = {"test": float(test.mean()), "test_ci95": interval(test), "drop_ci95": drop}
             self.points[name] = point.model_copy(update={"quality": point.quality.model_copy(update=facts)})
             self._save(name)
+
+    def scoring_seconds(self, names: Sequence[str]) -> float:
+        """How long it will take to score models on the test split, by what their validation split took."""
+        ratio = len(self.task.split("test")) / max(len(self.task.split("validation")), 1)
+        return ratio * sum(self._scoring_s.get(name, 0.0) for name in names if self.points[name].quality.test is None)
+
+    def score_front(self) -> None:
+        """Scores what stands on the front on the test split, once; a model that cannot be scored there leaves it."""
+        waiting = True
+        while waiting:
+            shown = [
+                *(name for name in (ORIGINAL, UNIFORM_INT8) if name in self.points),
+                *(p.id for p in self.select()[0]),
+            ]
+            waiting = False
+            for name in shown:
+                try:
+                    self._score_test(name)
+                except OSError:
+                    raise
+                except Exception as error:
+                    if name == ORIGINAL:
+                        raise UsageError(f"the original cannot be scored on the test split: {error}") from error
+                    self._withdraw(name, error)
+                    waiting = True
 
     def _origin(self, compressed: CompressedModel) -> Provenance:
         names = {"task": self.task.name, "model": self.task.model_name}
@@ -278,7 +303,7 @@ class Delivery:
         self, names: Iterable[str], seconds_each: float, progress: Progress | None = None
     ) -> dict[str, LatencyStats]:
         return measure_latency(
-            {name: self._work / name / "model.onnx" for name in names},
+            {name: self.files / name / "model.onnx" for name in names},
             threads=self.target.threads,
             batch=self.target.batch,
             seconds_each=seconds_each,
@@ -306,7 +331,7 @@ class Delivery:
         """Takes a model back that turned out not to run."""
         self.fail(name, error)
         del self.points[name]
-        shutil.rmtree(self._work / name)
+        shutil.rmtree(self.files / name)
 
     def _record(self, name: str, taken: LatencyStats) -> None:
         point = self.points[name]
@@ -316,7 +341,7 @@ class Delivery:
         self._save(name)
 
     def _save(self, name: str) -> None:
-        artifact, point = self._work / name / "model.onnx", self.points[name]
+        artifact, point = self.files / name / "model.onnx", self.points[name]
         before = artifact.stat().st_size
         grown = stamp(artifact, ArtifactMetrics.of(point, self.task.metric, self.target)) - before
         self.points[name] = point.model_copy(update={"size_bytes": point.size_bytes + grown})
@@ -326,9 +351,9 @@ class Delivery:
             "bounds": self.bounds.get(name, {}),
             "artifact_bytes": artifact.stat().st_size,
         }
-        write_text(self._work / name / "metrics.json", json.dumps(facts))
+        write_text(self.files / name / "metrics.json", json.dumps(facts))
 
-    # -------------------------------------------------------------------------------------------- publishing
+    # --------------------------------------------------------------------------------------------- selecting
 
     def excess(self, point: FrontPoint) -> dict[str, float]:
         """By what share of each broken budget a measured point exceeds it."""
@@ -356,7 +381,7 @@ class Delivery:
         rejected = dict(self.failures)
         candidates = []
         for name, point in self.points.items():
-            if name in (ORIGINAL, UNIFORM_INT8) or not self._counts(point):
+            if name in (ORIGINAL, UNIFORM_INT8) or not self.counts(point):
                 continue
             broken = self.excess(point)
             unknown = [
@@ -381,10 +406,10 @@ class Delivery:
             if not apart:
                 rejected[point.id] = "within 2% of another point on every axis"
         kept = [p for p, apart in zip(kept, alike, strict=True) if apart]
-        labels = ties({p.id: self._scores[p.id, "validation"] for p in kept})
+        labels = ties({p.id: self.scores[p.id, "validation"] for p in kept})
         return [p.model_copy(update={"tied_with": labels[p.id]}) for p in kept], rejected
 
-    def _counts(self, point: FrontPoint) -> bool:
+    def counts(self, point: FrontPoint) -> bool:
         """Whether a point's latency is known as well as it will be: measured, or predicted where nothing is."""
         return point.latency_ms.measured is not None or (not self.present and point.id in self.uppers)
 
@@ -410,141 +435,3 @@ class Delivery:
 
     def _errors(self, points: Sequence[FrontPoint]) -> list[float]:
         return [error_of(self.task.metric, p.quality.validation) for p in points]
-
-    def publish(
-        self, status: Literal["running", "complete"], trials: int, seconds: float, stages: Mapping[str, float]
-    ) -> Front:
-        """Brings the run directory up to date: models first, then ``front.json`` renamed into place.
-
-        Models that left the front are removed only after the new ``front.json`` stands.
-        """
-        points, rejected = self.select()
-        reference = self.points[ORIGINAL]
-        baselines = [self.points[UNIFORM_INT8]] if UNIFORM_INT8 in self.points else []
-        shown = [reference, *baselines, *points]
-        for point in shown:
-            self._place(point)
-        front = Front(
-            version=1,
-            status=status,
-            verified=self.present,
-            task=self.task.name,
-            model=self.task.model_name,
-            metric=self.task.metric,
-            target=self.target,
-            seed=self.seed,
-            objectives=self.objectives,
-            constraints=dict(self.limits),
-            reference=reference,
-            baselines=tuple(baselines),
-            points=tuple(points),
-            search=SearchSummary(
-                trials=trials,
-                seconds=seconds,
-                hypervolume=front_hypervolume(self.task.metric, reference, points, self.objectives),
-                stages=dict(stages),
-                split_gap=self._split_gap(points),
-            ),
-        )
-        write_text(self.run / "front.json", front.model_dump_json(by_alias=True, indent=1))
-        self.standing = frozenset(point.id for point in points)
-        self._write_tables(front, rejected)
-        keep = {point.id for point in shown}
-        for folder in (self.run / "models").iterdir():
-            if folder.name not in keep:
-                shutil.rmtree(folder)
-        return front
-
-    def scoring_seconds(self, names: Sequence[str]) -> float:
-        """How long it will take to score models on the test split, by what their validation split took."""
-        ratio = len(self.task.split("test")) / max(len(self.task.split("validation")), 1)
-        return ratio * sum(self._scoring_s.get(name, 0.0) for name in names if self.points[name].quality.test is None)
-
-    def score_front(self) -> None:
-        """Scores what stands on the front on the test split, once; a model that cannot be scored there leaves it."""
-        waiting = True
-        while waiting:
-            shown = [
-                *(name for name in (ORIGINAL, UNIFORM_INT8) if name in self.points),
-                *(p.id for p in self.select()[0]),
-            ]
-            waiting = False
-            for name in shown:
-                try:
-                    self._score_test(name)
-                except OSError:
-                    raise
-                except Exception as error:
-                    if name == ORIGINAL:
-                        raise UsageError(f"the original cannot be scored on the test split: {error}") from error
-                    self._withdraw(name, error)
-                    waiting = True
-
-    def _split_gap(self, points: Sequence[FrontPoint]) -> SplitGap | None:
-        known = [p.id for p in points if (p.id, "test") in self._scores]
-        return split_gap(*([self._scores[name, split] for name in known] for split in ("validation", "test")))
-
-    def _place(self, point: FrontPoint) -> None:
-        """Puts a model's files under ``models/``; a folder that appears there is whole."""
-        target = self.run / "models" / point.id
-        source = self._work / point.id
-        if not target.is_dir():
-            partial = target.with_suffix(".part")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            for name in ("model.onnx", "model.safetensors", "plan.json"):
-                shutil.copy2(source / name, partial / name)
-            write_text(partial / "metrics.json", point.model_dump_json(indent=1))
-            partial.rename(target)
-        else:
-            stamped = (source / "model.onnx").read_bytes()
-            if stamped != (target / "model.onnx").read_bytes():
-                write_atomic(target / "model.onnx", stamped)
-            write_text(target / "metrics.json", point.model_dump_json(indent=1))
-
-    def _write_tables(self, front: Front, rejected: Mapping[str, str]) -> None:
-        from autocompress.front import LoadedFront
-
-        write_text(self.run / "front.csv", LoadedFront(self.run, front).to_frame().to_csv())
-        handles = [LoadedFront(self.run, front)._handle(self.points[n]) for n in rejected if n in self.points]
-        frame = points_frame(handles)
-        for name in rejected:
-            if name not in self.points:
-                frame.loc[name, "feasible"] = False
-        frame["reason"] = [rejected[name] for name in frame.index]
-        write_text(self.run / "rejected.csv", frame.to_csv(index_label="id"))
-
-    def require_feasible(self, front: Front) -> None:
-        """Raises the error of exit code 3 where no point keeps the budgets, with the one that comes nearest."""
-        if front.points:
-            return
-        delivered = [p for n, p in self.points.items() if n != ORIGINAL and self._counts(p)]
-        if not self.limits or not delivered:
-            raise InfeasibleError(self._empty_message())
-        nearest = min(delivered, key=lambda p: sum(self.excess(p).values()))
-        raise InfeasibleError(self.nearest_message(nearest), nearest)
-
-    def _empty_message(self) -> str:
-        """Says why there is no compressed model at all."""
-        if self.failures:
-            name, reason = next(iter(self.failures.items()))
-            count = len(self.failures)
-            return (
-                f"no compressed model was delivered: {count} candidate{'s' if count > 1 else ''} failed, {name} first "
-                f"({reason}); see rejected.csv and log.jsonl"
-            )
-        return (
-            "no compressed model was delivered: nothing that the search space allows is better than the original on "
-            "this device; see 'dropped' in space.json, or allow more with --space"
-        )
-
-    def nearest_message(self, nearest: FrontPoint) -> str:
-        """Says which budgets the nearest point breaks, in the units they were given in."""
-        broken = ", ".join(f"{name} by {100 * share:.1f}%" for name, share in self.excess(nearest).items())
-        limits = ", ".join(f"{name} <= {limit:g}" for name, limit in self.limits.items())
-        return (
-            f"no compressed model keeps the budgets ({limits}); nearest: {nearest.id} with "
-            f"{latency_of(nearest):.4g} ms{'' if self.present else ' predicted'}, "
-            f"{nearest.size_bytes / 1e6:.4g} MB and {self.drop_of(nearest):.2f} points of validation quality lost, "
-            f"which breaks {broken}"
-        )

@@ -40,6 +40,7 @@ from autocompress.search.prefix import PrefixJudge, side_by_side
 from autocompress.search.pricing import ChoicePricer
 from autocompress.search.proposing import make_proposals
 from autocompress.search.pruning import prune
+from autocompress.search.publishing import publish, require_feasible
 from autocompress.search.repair import Repair
 from autocompress.search.samplers import make_sampler
 from autocompress.search.seeds import FORMATS, Judge, Sensitivity, base_options, measure_sensitivity, uniform_seeds
@@ -155,7 +156,7 @@ class Engine:
             self.delivery.score_front()
         front = self._publish("complete")
         mark_done(self.run)
-        self.delivery.require_feasible(front)
+        require_feasible(self.delivery, front)
         return front
 
     @contextmanager
@@ -365,4 +366,4 @@ class Engine:
     def _publish(self, status: Literal["running", "complete"]) -> Front:
         self.clock.save()
         with self.stages.of("publish"):
-            return self.delivery.publish(status, self.trials, self.clock.spent, self.stages.seconds)
+            return publish(self.delivery, status, self.trials, self.clock.spent, self.stages.seconds)

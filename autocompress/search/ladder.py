@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import optuna
-from optuna.trial import TrialState
 
 from autocompress.pareto import hypervolume
-from autocompress.plan import Recipe
 from autocompress.search.scoring import span_of
-from autocompress.search.study import FAILURE, open_storage
-from autocompress.spaces import Distillation
-
-logger = logging.getLogger(__name__)
 
 PRIOR_GAP, PRIOR_POWER = 0.02, 0.5
 """Expected loss of quality after recovery at a divergence of 0.1 nats, and its growth with divergence."""
@@ -91,65 +82,3 @@ def gains_of(present: Sequence[Sequence[float]], candidates: Sequence[Sequence[f
     corner = [1.0] * len(candidates[0])
     base = hypervolume(np.array(present).reshape(-1, len(corner)), corner)
     return [hypervolume(np.array([*present, c]), corner) - base for c in candidates]
-
-
-class RecipeStudy:
-    """Optuna's choice of distillation settings; its objective is the share of the quality gap that stays open."""
-
-    def __init__(self, storage: str, options: Distillation, seed: int) -> None:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.options = options
-        self.study = optuna.create_study(storage=open_storage(storage), study_name="recipes", load_if_exists=True)
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self.study.tell(trial.number, state=TrialState.FAIL)
-        done = len(self.study.get_trials(deepcopy=False))
-        self.study.sampler = optuna.samplers.TPESampler(seed=seed + 7919 * done, n_startup_trials=4)
-        default = Recipe()
-        first = {
-            "alpha": _closest(options.alpha, default.alpha),
-            "temperature": _closest(options.temperature, default.temperature),
-            "feature_weight": _closest(options.feature_weight, default.feature_weight),
-            "learning_rate": _closest(options.learning_rate, default.learning_rate),
-        }
-        self.default = Recipe(**first)
-        self.study.enqueue_trial(first, skip_if_exists=True)
-
-    def ask(self) -> tuple[optuna.Trial, Recipe]:
-        """A trial and the recipe it stands for."""
-        trial = self.study.ask()
-        return trial, Recipe(
-            alpha=trial.suggest_categorical("alpha", list(self.options.alpha)),
-            temperature=trial.suggest_categorical("temperature", list(self.options.temperature)),
-            feature_weight=trial.suggest_categorical("feature_weight", list(self.options.feature_weight)),
-            learning_rate=trial.suggest_categorical("learning_rate", list(self.options.learning_rate)),
-        )
-
-    def tell(self, trial: optuna.Trial, open_share: float | None, key: str, failure: str = "") -> None:
-        """Records how much of the gap stayed open; None, and why, for a recovery that failed."""
-        trial.set_user_attr("structure", key)
-        if failure:
-            trial.set_user_attr(FAILURE, failure)
-        if open_share is None or not math.isfinite(open_share):
-            self.study.tell(trial, state=TrialState.FAIL)
-        else:
-            self.study.tell(trial, open_share)
-
-    def best(self) -> Recipe:
-        """The recipe that has closed the most so far; before there is any, the default as near as the space allows."""
-        done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return Recipe(**min(done, key=lambda t: t.values[0]).params) if done else self.default
-
-
-def without_labels(options: Distillation) -> Distillation:
-    """The settings where training samples have no targets: the teacher alone is followed."""
-    if options.alpha != (1.0,):
-        shown = ", ".join(f"{alpha:g}" for alpha in options.alpha)
-        logger.info(
-            "train has no targets: recovery follows the teacher alone (alpha 1), the space's alpha (%s) is left out",
-            shown,
-        )
-    return options.model_copy(update={"alpha": (1.0,)})
-
-
-def _closest(options: Sequence[float], wanted: float) -> float:
-    return min(options, key=lambda value: abs(value - wanted))

@@ -29,6 +29,7 @@ class RungRow:
         steps: of training so far, rungs added up.
         seconds: they took.
         alpha: of the recipe, as are ``temperature``, ``feature_weight`` and ``learning_rate``.
+        qat: whether 4-bit weights were trained with their rounding simulated.
         failure: why the recovery failed.
     """
 
@@ -46,6 +47,7 @@ class RungRow:
     temperature: float
     feature_weight: float
     learning_rate: float
+    qat: bool = False
     failure: str = ""
 
 

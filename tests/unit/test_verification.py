@@ -18,6 +18,7 @@ from autocompress.plan import INT8_WEIGHT, LayerPlan, Target
 from autocompress.progress import SilentProgress
 from autocompress.runtime.timing import LatencyStats
 from autocompress.search.deliver import ORIGINAL, UNIFORM_INT8, Delivery
+from autocompress.search.publishing import publish
 from autocompress.tasks.base import Task
 from autocompress.tasks.splits import SPLITS, TensorSource, TensorSplit
 from autocompress.verification import LATENCY_TOLERANCE, Check, verify_path
@@ -70,7 +71,7 @@ def delivered(tmp_path_factory: pytest.TempPathFactory, task: Task) -> Path:
         assert delivery.add(name, partial(compress, GRAPH, WEIGHTS, layers), None)
     delivery.measure([UNIFORM_INT8, "p1"], 0.05)
     delivery.score_front()
-    delivery.publish("complete", 1, 1.0, {})
+    publish(delivery, "complete", 1, 1.0, {})
     api._write_manifest(run)
     return run
 
