@@ -75,7 +75,7 @@ format: install-test  ## let ruff rewrite what it can
 bench-digits: install  ## three seeds of the embedded default against the bars, about 6 minutes
 	$(BIN)/python -m benchmarks.fronts digits
 
-bench-fashion: install  ## ResNet-20 on Fashion-MNIST, 15 minutes (and training the original once)
+bench-fashion: install  ## ResNet-20 on Fashion-MNIST, 10 minutes (and training the original once)
 	$(BIN)/python -m benchmarks.fronts fashion
 
 bench-budget: bench-digits  ## a latency budget, measured again from outside

@@ -1,7 +1,7 @@
 """Runs searches as a user would and holds their fronts against the bars; tables go to ``results/``.
 
 python -m benchmarks.fronts digits            # three seeds, about six minutes
-python -m benchmarks.fronts fashion           # 15 minutes and the original's training, once
+python -m benchmarks.fronts fashion           # 10 minutes and the original's training, once
 python -m benchmarks.fronts budget            # a latency budget, held as measured again from outside
 """
 
@@ -181,12 +181,12 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("results/bench"), help="where the runs are kept (git-ignored)"
     )
-    parser.add_argument("--time-budget", default=None, help="replaces 100s (digits) or 15m (fashion)")
+    parser.add_argument("--time-budget", default=None, help="replaces 100s (digits) or 10m (fashion)")
     given = parser.parse_args()
     if given.what == "digits":
         digits(given.work, given.time_budget or "100s")
     elif given.what == "fashion":
-        fashion(given.work, given.time_budget or "15m")
+        fashion(given.work, given.time_budget or "10m")
     else:
         budget_held(given.work, given.time_budget or "100s")
 

@@ -48,7 +48,7 @@ class TeacherData:
         features: ``[known, F]`` penultimate features, or None where the model has no such layer.
     """
 
-    def __init__(self, teacher: GraphModule, split: TensorSplit, mirror: bool, batch_size: int = 512) -> None:
+    def __init__(self, teacher: GraphModule, split: TensorSplit, mirror: bool, batch_size: int = 256) -> None:
         self.split, self.batch_size = split, batch_size
         self._teacher, self._feature = teacher, penultimate(teacher)
         pairs = (2 if mirror else 1) * len(split)

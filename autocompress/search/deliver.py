@@ -29,7 +29,7 @@ from autocompress.runtime.kernels import check_kernels
 from autocompress.runtime.timing import LatencyStats, measure_latency
 from autocompress.search.failures import is_expected, reason_of
 from autocompress.search.files import read_json, write_text
-from autocompress.search.membership import apart_mask, front_mask
+from autocompress.search.membership import ALIKE, apart_mask, front_mask
 from autocompress.search.scoring import Scores, interval, paired_drop, ties
 from autocompress.search.stages import Stages
 from autocompress.search.target import BANDED
@@ -407,7 +407,33 @@ class Delivery:
                 rejected[point.id] = "within 2% of another point on every axis"
         kept = [p for p, apart in zip(kept, alike, strict=True) if apart]
         labels = ties({p.id: self.scores[p.id, "validation"] for p in kept})
-        return [p.model_copy(update={"tied_with": labels[p.id]}) for p in kept], rejected
+        beaten = self._beaten(kept, labels)
+        rejected.update({name: f"less accurate than {by}, and no cost is 2% lower" for name, by in beaten.items()})
+        kept = [p for p in kept if p.id not in beaten]
+        shown = {p.id for p in kept}
+        tied = {p.id: tuple(name for name in labels[p.id] if name in shown) for p in kept}
+        return [p.model_copy(update={"tied_with": tied[p.id]}) for p in kept], rejected
+
+    def _beaten(self, points: Sequence[FrontPoint], tied: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+        """Points that save next to nothing against one whose quality is better beyond chance, and which that is.
+
+        Args:
+            points: of the front, best quality first.
+            tied: for each point, those whose quality cannot be told from its own.
+        """
+        if "error" not in self.objectives or len(self.objectives) == 1:
+            return {}
+        costs = np.delete(self._table(points), self.objectives.index("error"), axis=1)
+        found: dict[str, str] = {}
+        for place, point in enumerate(points):
+            for better in range(place):
+                name = points[better].id
+                if name in found or name in tied[point.id]:
+                    continue
+                if (costs[better] <= (1.0 + ALIKE) * costs[place]).all():
+                    found[point.id] = name
+                    break
+        return found
 
     def counts(self, point: FrontPoint) -> bool:
         """Whether a point's latency is known as well as it will be: measured, or predicted where nothing is."""

@@ -33,6 +33,10 @@ BATCH = 64
 """Samples a training step: in the same time, twice as many steps of 64 reach a lower error than steps of 128 (ResNet-20
 at 9% of its MACs on Fashion-MNIST: 10.4 against 10.9% after 25 s, 7.7 against 7.9% after 150 s); 32 gain no more."""
 
+LEAST_BATCH, STEP_BYTES, HELD = 8, 4 * 2**30, 3
+"""Large inputs train in smaller batches, so that a step's activations stay within ``STEP_BYTES``: ``HELD`` times what the
+layers give (behind a convolution its norm's input and output are held, too, and gradients come on top)."""
+
 QAT_LEARNING_RATE = 0.25
 """Learning rate with formats simulated, relative to the recipe's."""
 
@@ -66,7 +70,7 @@ class Trainer:
         teacher: training samples with the teacher's answers.
         seed: of the sample order.
         repeatable: whether the same steps must give the same weights; it rules out choices made by timing.
-        batch_size: samples a training step.
+        batch_size: samples a training step, where memory allows.
     """
 
     def __init__(
@@ -125,7 +129,7 @@ class Trainer:
         """How long a training step of a model takes here and now."""
         module = GraphModule(graph, weights)
         add_norms(module, self.calibration[:1])
-        return step_time(module, self.teacher.split.batch(slice(0, self.batch_size)).inputs[0])
+        return step_time(module, self._sample(batch_for(graph, self.batch_size)))
 
     def to_formats(
         self, recovered: Recovered, plan: CompressionPlan, *, steps: int, seconds: float | None, progress: Progress
@@ -152,7 +156,7 @@ class Trainer:
         progress: Progress,
         scales: list[nn.Parameter] | None = None,
     ) -> int:
-        sample = self.teacher.split.batch(slice(0, self.batch_size)).inputs[0]
+        batch_size = batch_for(module.graph, self.batch_size)
         return distill(
             module,
             self.teacher,
@@ -162,11 +166,20 @@ class Trainer:
             task_loss=self.task.loss,
             generator=torch.Generator().manual_seed(self.seed),
             extra_parameters=scales,
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             seconds=seconds,
-            mixed_precision=not self.repeatable and mixed_precision_pays(module, sample),
+            mixed_precision=not self.repeatable and mixed_precision_pays(module, self._sample(batch_size)),
             progress=progress,
         )
+
+    def _sample(self, count: int) -> torch.Tensor:
+        return self.teacher.split.batch(slice(0, count)).inputs[0]
+
+
+def batch_for(graph: ModelGraph, most: int) -> int:
+    """Samples a training step of a graph: ``most``, or as many as ``STEP_BYTES`` hold."""
+    given = sum(graph.tensors[name].elements for layer in graph.layers for name in layer.outputs if name)
+    return min(most, max(LEAST_BATCH, STEP_BYTES // (HELD * 4 * max(given, 1))))
 
 
 @dataclass(frozen=True)

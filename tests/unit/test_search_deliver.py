@@ -125,6 +125,20 @@ def test_of_points_alike_within_2_percent_on_every_axis_the_better_stays(tmp_pat
     assert rejected == {"alike": "within 2% of another point on every axis"}
 
 
+def test_a_point_that_saves_next_to_nothing_for_its_errors_leaves(tmp_path: Path) -> None:
+    made = delivery(
+        tmp_path,
+        point("good", 0.920, 0.500, 100_000),
+        point("chance", 0.919, 0.495, 97_000),  # One image of a thousand proves nothing.
+        point("poor", 0.880, 0.492, 99_000),
+        point("poorer", 0.840, 0.484, 99_000),  # Within 2% of what left, not of what stayed.
+    )
+    kept, rejected = made.select()
+    assert [p.id for p in kept] == ["good", "chance", "poorer"]
+    assert rejected == {"poor": "less accurate than good, and no cost is 2% lower"}
+    assert {p.id: p.tied_with for p in kept} == {"good": ("chance",), "chance": ("good",), "poorer": ()}
+
+
 def test_equal_points_leave_one(tmp_path: Path) -> None:
     made = delivery(tmp_path, point("a", 0.9, 0.5, 100_000), point("b", 0.9, 0.5, 100_000))
     kept, rejected = made.select()
