@@ -38,14 +38,14 @@ from autocompress.search.variants import variants
 
 logger = logging.getLogger(__name__)
 
-FIRST_RUNGS, TYPICAL_WORK = 36, 0.3
+FIRST_RUNGS, TYPICAL_WORK = 60, 0.3
 """A first rung of a structure whose steps take ``TYPICAL_WORK`` of the original's takes this part of recovery; every
-further one takes twice as many steps as the one before it."""
+further one takes ``turns.GROWTH`` times as long as the one before it."""
 
-FIRST_LEAST, FIRST_MOST = 120, 1000
+FIRST_LEAST, FIRST_MOST = 120, 2000
 """Steps of a first rung."""
 
-FORMATS_SHARE = 0.3
+FORMATS_SHARE = 0.25
 """Share of a rung's time that trains with number formats simulated, where there are formats that need it."""
 
 LOW_BITS = 2
@@ -251,8 +251,8 @@ class Climber:
         )
         before = structure.recovered
         if before is not None and before.error <= recovered.error:
-            # Starting anew from the peak of the learning rate can lose more than a rung wins.
-            recovered = dataclasses.replace(before, steps=recovered.steps, seconds=recovered.seconds)
+            # Going on from the peak of the learning rate can lose more than a rung wins.
+            recovered = dataclasses.replace(recovered, weights=before.weights, error=before.error)
         trained = dataclasses.replace(structure, recovered=recovered, rung=turn.rung)
         left = None if seconds is None else seconds * simulated
         return Trained(recovered, self._models(trained, asked.qat, left, progress))

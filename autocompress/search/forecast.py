@@ -12,7 +12,7 @@ Array = npt.NDArray[np.float64]
 FLOOR = 0.01
 """Losses are compared by the logarithm of this much more than they are: near zero, and below it, they differ little."""
 
-PRIOR = np.array([np.log(FLOOR), -0.08, -0.08, 0.9, -0.35])
+PRIOR = np.array([np.log(FLOOR), -0.08, -0.08, 0.9, -0.3])
 """Expected weights of a constant, the halvings of MACs and of parameters (negative: fewer is worse), the share of the
 residual blocks that left, and the rung."""
 
@@ -25,7 +25,7 @@ class CapacityForecast:
     """Predicts the loss of a structure at a rung: the logarithm is linear in those of MACs and parameters and in depth.
 
     What was measured corrects a prior by Bayesian linear regression (Bishop, Pattern Recognition and Machine Learning,
-    3.3).  A rung trains for twice the time of the one before it.
+    3.3).  Each rung trains longer than the one before it.
 
     >>> forecast = CapacityForecast()
     >>> small, large = forecast.predict([0.02, 0.2], [0.02, 0.2], [0.5, 0.5], 1)

@@ -25,8 +25,11 @@ DOUBT = (-0.2, 0.0, 0.2)
 FORMAT_DOUBT = 0.003
 """Quality, as a fraction, by which a model in its formats may be better than its float weights on validation."""
 
-UNEVEN = 2.5
+UNEVEN = 1.5
 """Trainings run side by side for the same time, so none that would take so many times longer than the other."""
+
+GROWTH = 2.0**0.5
+"""How much longer each rung trains than the one before it."""
 
 LEAST_SHARE = 0.25
 """Share of a rung's way below which no training is gone on with."""
@@ -130,8 +133,8 @@ class Turns:
         failures = context.delivery.failures
         left = max(available_s - self.delivery_s[-1], 0.0)
 
-        def lasting(structure: Structure, steps: int) -> float | None:
-            return steps * float(np.median(self.step_s[-5:])) * structure.work if context.timed else None
+        def first_seconds(structure: Structure) -> float | None:
+            return first * float(np.median(self.step_s[-5:])) * structure.work if context.timed else None
 
         entering, found = [], []
         if context.timed or self.entered < ENTRANTS:
@@ -140,15 +143,17 @@ class Turns:
                 and all(s.costs.get(name, 0.0) <= limit for name, limit in context.hard.items())
             ]  # fmt: skip
             forecast = self._forecast(waiting)
-            entering = [Turn(s, drop, lasting(s, first)) for s, drop in zip(waiting, forecast, strict=True)]
+            entering = [Turn(s, drop, first_seconds(s)) for s, drop in zip(waiting, forecast, strict=True)]
         if context.timed or self.promoted < PROMOTED:
             for s in self.recovered.values():
                 # Each time that a search is given more trials, structures may go one rung further up than before.
                 higher = context.timed or s.rung <= context.clock.leg
                 if higher and f"{s.id}-rung{s.rung + 1}" not in failures:
-                    seconds, share = lasting(s, first * 2**s.rung), 1.0
-                    if seconds is not None:
-                        seconds /= 1.0 - formats_share
+                    seconds, share = None, 1.0
+                    if context.timed and s.recovered is not None:
+                        # GROWTH times the rung before: rungs of 1, g, g^2, ... take (g^n - 1) / (g - 1) together.
+                        grown = GROWTH**s.rung
+                        seconds = s.recovered.seconds * (GROWTH - 1.0) * grown / (grown - 1.0) / (1.0 - formats_share)
                         # It may end sooner, and promises less then.
                         share = min(1.0, left / seconds)
                         seconds *= share

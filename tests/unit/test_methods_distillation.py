@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import cast
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from autocompress.graph.executor import GraphModule, build_module
 from autocompress.methods.distillation import (
+    Schedule,
     TeacherData,
     distill,
     distillation_loss,
@@ -202,3 +204,43 @@ def test_timing_both_precisions_leaves_the_module_as_it_was(split: TensorSplit) 
     assert all(torch.equal(before[name], value) for name, value in module.weights().items())
     assert all(parameter.grad is None for parameter in module.parameters())
     assert not module.training
+
+
+def test_what_a_longer_training_goes_on_from_is_there_before_the_learning_rate_falls(data: TeacherData) -> None:
+    module = net(3)
+    seen: list[dict[str, torch.Tensor]] = []
+    steps = train(
+        module, data, Recipe(), steps=20,
+        schedule=Schedule(rise=0.1, fall=0.3), falling=lambda: seen.append(module.weights()),
+    )  # fmt: skip
+    assert steps == 20
+    (plateau,) = seen
+    # The same order of samples and the same rates until then.
+    assert any(not torch.equal(value, module.weights()[name]) for name, value in plateau.items())
+    shorter, rates = net(3), Schedule(rise=0.1, fall=0.3)
+    train(shorter, data, Recipe(), steps=14, schedule=cast(Schedule, _Stretched(rates, 14 / 20)))
+    for name, value in shorter.weights().items():
+        torch.testing.assert_close(value, plateau[name])
+
+
+class _Stretched:
+    """The beginning of a schedule."""
+
+    plateau_end = 1.0
+
+    def __init__(self, schedule: Schedule, share: float) -> None:
+        self.schedule, self.share = schedule, share
+
+    def __call__(self, part: float) -> float:
+        return self.schedule(part * self.share)
+
+
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule(rise=0.03, fall=0.3)])
+def test_learning_rates_rise_stay_and_fall(schedule: Schedule) -> None:
+    rates = [schedule(part / 1000) for part in range(1001)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.0)
+    peak = [place / 1000 for place, rate in enumerate(rates) if rate > 0.9999]
+    assert min(peak) <= schedule.rise + 0.001
+    assert max(peak) >= schedule.plateau_end - 0.001

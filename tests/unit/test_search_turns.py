@@ -14,7 +14,7 @@ from autocompress.search.deliver import ORIGINAL
 from autocompress.search.gains import Gains
 from autocompress.search.recover import Recovered
 from autocompress.search.structures import Structure
-from autocompress.search.turns import ENTRANTS, PROMOTED, Turns
+from autocompress.search.turns import ENTRANTS, GROWTH, PROMOTED, Turns
 
 REFERENCE = {"latency_ms": 1.0, "size_bytes": 1e6}
 BASE = cast(Base, SimpleNamespace(spec=Original(), fresh=False))
@@ -23,7 +23,7 @@ BASE = cast(Base, SimpleNamespace(spec=Original(), fresh=False))
 def structure(name: str, share: float, error: float | None = None, rung: int = 0, **more: Any) -> Structure:
     """A structure with a share of the original's MACs, parameters and costs."""
     costs = {cost: value * share for cost, value in REFERENCE.items()}
-    recovered = None if error is None else cast(Recovered, SimpleNamespace(error=error))
+    recovered = None if error is None else cast(Recovered, SimpleNamespace(error=error, seconds=10.0 * share))
     return Structure(
         BASE, CompressionPlan(groups={name: 1}), costs, share, share, 0.0, share, recovered=recovered, rung=rung, **more
     )
@@ -82,8 +82,11 @@ def test_a_longer_training_takes_its_turn_when_it_promises_more() -> None:
     assert names(turns) == ["eighth"]
     (turn,) = turns.next(100, 1, 1000.0, 0.0)
     assert turn.rung == 2
-    assert turn.seconds == pytest.approx(200 * 0.1 * 0.125)
+    assert turn.seconds == pytest.approx(GROWTH * 10.0 * 0.125)
     assert turn.drop < 0.07
+    lossy.rung = 2  # Two rungs took its time, the second GROWTH times as long as the first.
+    (turn,) = turns.next(100, 1, 1000.0, 0.2)
+    assert turn.seconds == pytest.approx(GROWTH**2 * 10.0 * 0.125 / (1.0 + GROWTH) / 0.8)
 
 
 def test_what_does_not_fit_into_the_time_is_not_begun() -> None:

@@ -68,22 +68,31 @@ def test_frozen_layers_leave_one_format_to_choose() -> None:
 # -------------------------------------------------------------------------------------------------- kept recoveries
 
 
-def recovery() -> tuple[Recovered, Climbed]:
+def recovery(fell: bool = True) -> tuple[Recovered, Climbed]:
     torch.manual_seed(0)
-    weights = {name: torch.rand(GRAPH.tensors[name].shape) for name in GRAPH.weight_names()}
-    recovered = Recovered(GRAPH, weights, steps=150, seconds=2.5, error=0.03, recipe=Recipe(alpha=0.5))
+    weights, plateau = (
+        {name: torch.rand(GRAPH.tensors[name].shape) for name in GRAPH.weight_names()} for _ in range(2)
+    )
+    recovered = Recovered(GRAPH, weights, 150, 2.5, 0.03, Recipe(alpha=0.5), plateau if fell else None)
     return recovered, Climbed(CompressionPlan(groups=WIDTHS), 0.12, rung=1)
 
 
-def test_a_recovery_is_taken_up_as_it_was_kept(tmp_path: Path) -> None:
-    recovered, climbed = recovery()
+@pytest.mark.parametrize("fell", [True, False])
+def test_a_recovery_is_taken_up_as_it_was_kept(tmp_path: Path, fell: bool) -> None:
+    recovered, climbed = recovery(fell)
     path = tmp_path / "recovered" / "abc-1.safetensors"
     save_recovered(recovered, climbed, path)
     stored = load_recovered(path)
     assert stored is not None
     assert stored[1] == climbed
     assert (stored[0].graph, stored[0].recipe, stored[0].steps) == (GRAPH, Recipe(alpha=0.5), 150)
+    assert stored[0].weights.keys() == recovered.weights.keys()
     assert all(torch.equal(stored[0].weights[name], value) for name, value in recovered.weights.items())
+    if recovered.plateau is None:
+        assert stored[0].plateau is None
+    else:
+        assert stored[0].plateau is not None
+        assert all(torch.equal(stored[0].plateau[name], value) for name, value in recovered.plateau.items())
     assert [file.name for file in path.parent.iterdir()] == ["abc-1.safetensors"]
 
 
