@@ -38,12 +38,15 @@ from autocompress.search.variants import variants
 
 logger = logging.getLogger(__name__)
 
-FIRST_RUNGS, TYPICAL_WORK = 60, 0.3
+FIRST_RUNGS, TYPICAL_WORK = 40, 0.3
 """A first rung of a structure whose steps take ``TYPICAL_WORK`` of the original's takes this part of recovery; every
 further one takes ``turns.GROWTH`` times as long as the one before it."""
 
-FIRST_LEAST, FIRST_MOST = 120, 2000
-"""Steps of a first rung."""
+FIRST_LEAST, FIRST_ENOUGH, FIRST_MOST = 120, 300, 2000
+"""Steps of a first rung.  Below ``FIRST_ENOUGH`` chance tells structures apart, so a rung takes as many where that is at
+most ``LARGEST_FIRST`` times its part of recovery."""
+
+LARGEST_FIRST = 4.0
 
 FORMATS_SHARE = 0.25
 """Share of a rung's time that trains with number formats simulated, where there are formats that need it."""
@@ -51,7 +54,7 @@ FORMATS_SHARE = 0.25
 LOW_BITS = 2
 """Such formats that a structure is delivered in, at most; none after a first rung unless all within budget are such."""
 
-LESSONS_FIRST_S, LESSONS_SHARE = 4.0, 0.1
+LESSONS_FIRST_S, LESSONS_SHARE = 3.0, 0.1
 """Seconds for the teacher's first answers, and its share of a rung's time until it has answered for all samples."""
 
 FRESH_LEAST = 500
@@ -149,7 +152,7 @@ class Climber:
         if not self.context.timed:
             return STEPS_FIRST
         steps = self._available() / FIRST_RUNGS / (TYPICAL_WORK * self.turns.step_s[0])
-        return int(np.clip(steps, FIRST_LEAST, FIRST_MOST))
+        return int(np.clip(max(steps, min(FIRST_ENOUGH, LARGEST_FIRST * steps)), FIRST_LEAST, FIRST_MOST))
 
     def _prepare(self) -> None:
         """The teacher's answers and the study of recipes."""

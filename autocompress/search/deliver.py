@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 ORIGINAL, UNIFORM_INT8 = "original", "uniform-int8"
 BATCH = 250
-AGREEMENT_SAMPLES = 1000
+AGREEMENT_SAMPLES = 500
 TRIED_S = 0.05
 """Seconds for which a model is timed to see whether it runs."""
 

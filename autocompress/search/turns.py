@@ -131,7 +131,7 @@ class Turns:
         """Every training that could come next and ends in time, or nearly does."""
         context = self.context
         failures = context.delivery.failures
-        left = max(available_s - self.delivery_s[-1], 0.0)
+        left = max(available_s - max(self.delivery_s[-3:]), 0.0)
 
         def first_seconds(structure: Structure) -> float | None:
             return first * float(np.median(self.step_s[-5:])) * structure.work if context.timed else None
