@@ -43,8 +43,8 @@ FIRST_RUNGS, TYPICAL_WORK = 40, 0.3
 further one takes ``turns.GROWTH`` times as long as the one before it."""
 
 FIRST_LEAST, FIRST_ENOUGH, FIRST_MOST = 120, 300, 2000
-"""Steps of a first rung.  Below ``FIRST_ENOUGH`` chance tells structures apart, so a rung takes as many where that is at
-most ``LARGEST_FIRST`` times its part of recovery."""
+"""Steps of a first rung.  With fewer than ``FIRST_ENOUGH`` chance tells structures apart, so a rung takes as many where
+that is at most ``LARGEST_FIRST`` times its part of recovery."""
 
 LARGEST_FIRST = 4.0
 
