@@ -33,13 +33,15 @@ def interruptible(*signals: signal.Signals) -> Iterator[None]:
     """Lets Ctrl-C end what is inside wherever it comes, and other signals end it as Ctrl-C does.
 
     Python drops an exception that comes while it runs a finalizer or a weak reference's callback, where libraries spend
-    much of their time; an interrupt that is dropped there is sent again.
+    much of their time; an interrupt that is dropped there is sent again.  Extensions may turn it into an error of their
+    own (numpy does, where it compares structured arrays): whatever ends what is inside after an interrupt is one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
         raise KeyboardInterrupt
 
     def dropped(lost: sys.UnraisableHookArgs) -> None:
@@ -51,11 +53,18 @@ def interruptible(*signals: signal.Signals) -> Iterator[None]:
         timer.start()
         waiting.append(timer)
 
+    heard: list[int] = []
     waiting: list[threading.Timer] = []
-    before = {name: signal.signal(name, interrupt) for name in signals}
+    # Where Ctrl-C is ignored, as in the background of a script, it stays so.
+    ctrl_c = {signal.SIGINT} if signal.getsignal(signal.SIGINT) is signal.default_int_handler else set()
+    before = {name: signal.signal(name, interrupt) for name in ctrl_c.union(signals)}
     hook, sys.unraisablehook = sys.unraisablehook, dropped
     try:
         yield
+    except Exception as error:
+        if heard:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         for timer in waiting:
             timer.cancel()

@@ -33,3 +33,24 @@ def test_other_signals_end_it_as_ctrl_c_does() -> None:
     with pytest.raises(KeyboardInterrupt), interruptible(signal.SIGTERM):
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_a_library_turns_into_an_error_is_an_interrupt(number: signal.Signals) -> None:
+    def library() -> None:
+        try:
+            signal.raise_signal(number)
+            time.sleep(1.0)
+        except KeyboardInterrupt:
+            raise TypeError("cannot compare") from None
+
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(KeyboardInterrupt) as caught, interruptible(signal.SIGTERM):
+        library()
+    assert isinstance(caught.value.__cause__, TypeError)
+    assert {name: signal.getsignal(name) for name in handlers} == handlers
+
+
+def test_without_an_interrupt_an_error_stays_what_it_is() -> None:
+    with pytest.raises(TypeError, match="cannot compare"), interruptible(signal.SIGTERM):
+        raise TypeError("cannot compare")
