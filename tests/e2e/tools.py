@@ -96,7 +96,9 @@ def finish(process: subprocess.Popen[str], begun: float) -> Result:
         out, err = process.communicate(timeout=TIMEOUT_S)
     finally:
         process.kill()
-    return Result(process.returncode, out, err, time.monotonic() - begun)
+    # Python ends by the signal itself where Ctrl-C came inside exec("..."), handled or not; shells call both 130.
+    code = 128 + signal.SIGINT if process.returncode == -signal.SIGINT else process.returncode
+    return Result(code, out, err, time.monotonic() - begun)
 
 
 def files_of(folder: Path) -> set[str]:
