@@ -215,8 +215,8 @@ def test_what_a_longer_training_goes_on_from_is_there_before_the_learning_rate_f
     )  # fmt: skip
     assert steps == 20
     (plateau,) = seen
-    # The same order of samples and the same rates until then.
     assert any(not torch.equal(value, module.weights()[name]) for name, value in plateau.items())
+    # The same order of samples and the same rates until then.
     shorter, rates = net(3), Schedule(rise=0.1, fall=0.3)
     train(shorter, data, Recipe(), steps=14, schedule=cast(Schedule, _Stretched(rates, 14 / 20)))
     for name, value in shorter.weights().items():
