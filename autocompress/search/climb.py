@@ -226,7 +226,7 @@ class Climber:
         self._deliver(models)
         for turn, given in zip(turns, asked, strict=True):
             if given.qat_trial is not None:
-                names = [name_of(m.plan) for m in models if m.structure is turn.structure and _low_bits(m.plan)]
+                names = [name_of(m.plan) for m in models if m.structure.key == turn.structure.key and _low_bits(m.plan)]
                 self.formats.tell(given.qat_trial, self._open_after(turn, names), turn.structure.key)
         self.turns.delivery_s.append(monotonic() - started)
 

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 import numpy as np
 import onnx
 import onnxruntime as ort
+import optuna
 import pandas as pd
 import pytest
 import torch
@@ -49,6 +50,13 @@ def test_every_file_of_the_contract_is_there_and_nothing_is_left_over(run: Run) 
     for point in delivered(run):
         assert {file.name for file in point.path.iterdir()} == MODEL_FILES
     assert {folder.name for folder in (run.path / "models").iterdir()} == {point.id for point in delivered(run)}
+
+
+def test_the_study_of_formats_learns_from_what_was_delivered(run: Run) -> None:
+    study = optuna.load_study(study_name="formats", storage=f"sqlite:///{run.path / 'study.db'}")
+    told = [trial for trial in study.trials if trial.state is optuna.trial.TrialState.COMPLETE]
+    assert told
+    assert all(trial.values[0] >= 0.0 for trial in told)
 
 
 def test_front_json_has_the_contracts_keys(run: Run) -> None:
