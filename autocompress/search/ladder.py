@@ -10,6 +10,10 @@ import numpy as np
 from autocompress.pareto import hypervolume
 from autocompress.search.scoring import span_of
 
+NEAR, FARTHEST = 0.9, 2.0
+"""Savings up to the end of the reported hypervolume's box fill this share of an axis; the rest is for up to so many
+times as many halvings.  Without it a search would be done once a front fills the box."""
+
 PRIOR_GAP, PRIOR_POWER = 0.02, 0.5
 """Expected loss of quality after recovery at a divergence of 0.1 nats, and its growth with divergence."""
 
@@ -49,7 +53,7 @@ class RecoveryForecast:
 
 
 def box(drop: float, costs: Mapping[str, float], reference: Mapping[str, float], span: float) -> list[float]:
-    """A point in the unit box of ``scoring.front_hypervolume``, one axis a cost behind the drop's.
+    """A point in the unit box that gains are reckoned in, one axis a cost behind the drop's.
 
     Args:
         drop: of quality, as a fraction.
@@ -62,7 +66,11 @@ def box(drop: float, costs: Mapping[str, float], reference: Mapping[str, float],
 
 
 def cost_axes(costs: np.ndarray, names: Sequence[str], reference: Mapping[str, float]) -> np.ndarray:
-    """The axes of ``box`` behind the drop's.
+    """The axes of ``box`` behind the drop's: those of ``scoring.front_hypervolume``, with room beyond their ends.
+
+    >>> eight_times, sixteen_times = cost_axes(np.array([[1.0], [0.5]]), ["latency_ms"], {"latency_ms": 8.0}).round(3)
+    >>> float(eight_times[0]), float(sixteen_times[0])
+    (0.1, 0.067)
 
     Args:
         costs: ``[points, names]``.
@@ -72,7 +80,8 @@ def cost_axes(costs: np.ndarray, names: Sequence[str], reference: Mapping[str, f
     spans = np.array([span_of(name) for name in names])
     whole = np.array([max(reference[name], 1e-12) for name in names])
     gains = np.log2(whole / np.maximum(costs, 1e-12)) / spans
-    return np.asarray(1.0 - np.minimum(gains, 1.0))
+    beyond = NEAR + (1.0 - NEAR) * (gains - 1.0) / (FARTHEST - 1.0)
+    return np.asarray(1.0 - np.minimum(np.minimum(NEAR * gains, beyond), 1.0))
 
 
 def gains_of(present: Sequence[Sequence[float]], candidates: Sequence[Sequence[float]]) -> list[float]:

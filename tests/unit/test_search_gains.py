@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autocompress.search.gains import Gains, Outcome
-from autocompress.search.ladder import box, gains_of
+from autocompress.search.ladder import NEAR, box, gains_of
 
 REFERENCE = {"latency_ms": 1.0, "size_bytes": 1e6, "macs": 1e6, "peak_memory_bytes": 1e5, "energy_mj": 1.0}
 AXES = ("latency_ms", "size_bytes")
@@ -20,16 +20,26 @@ def test_with_quality_traded_off_a_gain_is_hypervolume_in_the_box() -> None:
     fast, faster = outcome(0.025, latency_ms=0.5), outcome(0.09, latency_ms=0.25)
     rows = [box(0.025, {"latency_ms": 0.5}, REFERENCE, 10.0), box(0.09, {"latency_ms": 0.25}, REFERENCE, 10.0)]
     assert gains.each([], [fast, faster]) == pytest.approx(gains_of([], rows))
-    assert gains.best([], [fast, faster]) == (0, pytest.approx(0.75 / 3))
+    assert gains.best([], [fast, faster]) == (0, pytest.approx(0.75 * NEAR / 3))
     assert gains.best([fast], [fast])[1] == 0.0
 
 
 def test_without_a_budget_on_the_drop_more_than_the_box_holds_counts_a_little() -> None:
     gains = Gains(("latency_ms",), True, REFERENCE)
     near, far, lost = (gains.each([], [outcome(drop, latency_ms=0.125)])[0] for drop in (0.05, 0.2, 0.4))
-    assert near == pytest.approx(0.55)
+    assert near == pytest.approx(0.55 * NEAR)
     assert 0.0 < far < 0.1
     assert lost == 0.0
+
+
+def test_savings_beyond_the_box_count_a_little_so_that_a_search_goes_on_for_them() -> None:
+    fastest = Gains(("latency_ms",), False, REFERENCE, drop_limit=1.0)
+    full, beyond = outcome(0.0, latency_ms=1 / 8), outcome(0.0, latency_ms=1 / 16)
+    assert 0.0 < fastest.best([full], [beyond])[1] < 0.1
+    traded = Gains(AXES, True, REFERENCE)
+    full, smaller = (outcome(0.0, latency_ms=1 / 8, size_bytes=1e6 / times) for times in (32, 64))
+    assert 0.0 < traded.best([full], [smaller])[1] < 0.1
+    assert traded.best([smaller], [full])[1] == 0.0
 
 
 def test_what_is_not_named_costs_as_much_as_the_original() -> None:
@@ -61,10 +71,10 @@ def test_four_costs_are_all_reckoned_with() -> None:
     names = ("latency_ms", "size_bytes", "macs", "energy_mj")
     gains = Gains(names, False, REFERENCE, drop_limit=1.0)
     whole = outcome(-1.0, latency_ms=0.125, size_bytes=1e6 / 32, macs=1e6 / 8, energy_mj=0.125)
-    assert gains.best([], [whole])[1] == pytest.approx(1.0, abs=1e-3)
+    assert gains.best([], [whole])[1] == pytest.approx(NEAR**4, abs=1e-3)
     half = outcome(-1.0, latency_ms=0.125, size_bytes=1e6 / 32, macs=1e6 / 8, energy_mj=0.125**0.5)
-    assert gains.best([], [half, whole]) == (1, pytest.approx(1.0, abs=1e-3))
-    assert gains.best([half], [whole])[1] == pytest.approx(0.5, abs=1e-3)
+    assert gains.best([], [half, whole]) == (1, pytest.approx(NEAR**4, abs=1e-3))
+    assert gains.best([half], [whole])[1] == pytest.approx(NEAR**4 / 2, abs=1e-3)
 
 
 def test_of_quality_alone_the_most_accurate_comes_next() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autocompress.search.ladder import RecoveryForecast, box, gains_of
+from autocompress.search.ladder import NEAR, RecoveryForecast, box, gains_of
 
 # --------------------------------------------------------------------------------------------------------- forecast
 
@@ -51,10 +51,10 @@ def test_the_box_of_the_original_and_of_the_best() -> None:
     original = {"latency_ms": 1.0, "size_bytes": 1e6}
     assert box(0.0, original, original, 10.0) == [0.0, 1.0, 1.0]
     best = {"latency_ms": 1 / 8, "size_bytes": 1e6 / 32}
-    assert box(0.05, best, original, 10.0) == pytest.approx([0.5, 0.0, 0.0])
-    assert box(0.05, {"energy_mj": 0.5}, {"energy_mj": 1.0}, 10.0) == pytest.approx([0.5, 2 / 3])
-    # Better than the original and beyond the box: no more is gained by it.
-    assert box(-0.01, {"latency_ms": 1 / 64, "size_bytes": 1.0}, original, 10.0) == [0.0, 0.0, 0.0]
+    assert box(0.05, best, original, 10.0) == pytest.approx([0.5, 1 - NEAR, 1 - NEAR])
+    assert box(0.05, {"energy_mj": 0.5}, {"energy_mj": 1.0}, 10.0) == pytest.approx([0.5, 1 - NEAR / 3])
+    # Better than the original, or further than anyone asks: no more is gained by it.
+    assert box(-0.01, {"latency_ms": 1 / 64, "size_bytes": 0.1}, original, 10.0) == [0.0, 0.0, 0.0]
     slower = box(0.0, {"latency_ms": 2.0, "size_bytes": 1e6}, original, 10.0)
     assert slower[1] > 1.0
 
