@@ -201,6 +201,7 @@ def _prepare(config: RunConfig, progress: Progress) -> _Prepared:
 
 
 def _check_supported(config: RunConfig) -> None:
+    from autocompress.devices import resolve_device
     from autocompress.runtime.base import load_runtime
     from autocompress.search.samplers import resolved
 
@@ -208,8 +209,8 @@ def _check_supported(config: RunConfig) -> None:
         load_runtime(config.runtime)
     with config.citing("sampler"):
         resolved(config.sampler)
-    if config.device != "cpu":
-        raise UsageError(f"{config.origin('device')}: training on {config.device!r} is not there yet; use cpu")
+    with config.citing("device"):
+        resolve_device(config.device)
 
 
 def report(run: str | Path) -> Path:

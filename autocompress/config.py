@@ -94,7 +94,9 @@ class RunConfig(BaseModel):
     runtime: str = Field("onnxruntime", min_length=1, description="The runtime that will execute the models.")
     threads: int = Field(1, ge=1, le=1024, description="Threads the models will run with.")
     batch: int = Field(1, ge=1, le=65536, description="Samples a run, for which latency counts.")
-    device: Literal["cpu", "cuda"] = Field("cpu", description="Where training and evaluation happen: cpu or cuda.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where recovery trains: cpu, cuda, or auto for CUDA where there is one."
+    )
     space: str = Field("default", min_length=1, description="The search space: a shipped name or a YAML file.")
     freeze: tuple[str, ...] = Field(
         (), description="Layers to leave as they are: a name, a glob (layer1.*) or re:EXPRESSION. May be repeated."

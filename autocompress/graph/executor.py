@@ -78,6 +78,25 @@ class GraphModule(nn.Module):
         """All stored tensors, detached copies on the CPU."""
         return {name: self.weight(name).detach().cpu().clone() for name in self._places}
 
+    def on(self, device: torch.device) -> GraphModule:
+        """Moves the module, its norms and what rounds its weights to a device, in place.
+
+        Integers and single numbers stay on the CPU: they are shapes, positions and factors, and torch asks for them
+        as numbers.
+        """
+        for owner, leaf in self._places.values():
+            value = getattr(owner, leaf)
+            if value.device == device or not travels(value):
+                continue
+            if isinstance(value, nn.Parameter):
+                value.data, value.grad = value.data.to(device), None  # The same object: optimizers know it.
+            else:
+                setattr(owner, leaf, value.to(device))
+        for part in (self.norms, *self.weight_taps.values()):
+            if isinstance(part, nn.Module):
+                part.to(device)
+        return self
+
     def norm_of(self, layer: Layer) -> nn.Module | None:
         return self.norms._modules.get(layer.name.replace(".", "/"))
 
@@ -135,6 +154,11 @@ class GraphModule(nn.Module):
                 continue
             value = norm(value) if norm is not None else value
             values[name] = self.taps[name](value) if name in self.taps else value
+
+
+def travels(value: torch.Tensor) -> bool:
+    """Whether a stored tensor goes with the module to another device."""
+    return value.dim() > 0 and (value.is_floating_point() or value.dtype == torch.bool)
 
 
 def _trained(graph: ModelGraph) -> set[str]:

@@ -35,13 +35,16 @@ def operator(name: str) -> Callable[[Operator], Operator]:
     return register
 
 
-def _elementwise(name: str, function: Callable[..., Any]) -> None:
-    def apply(attributes: Attributes, *inputs: torch.Tensor) -> Any:
-        if any(x.is_meta for x in inputs) and not all(x.is_meta or x.dim() == 0 for x in inputs):
-            inputs = tuple(x.to("meta") for x in inputs)  # shapes alone are wanted, and some came from real integers
-        return function(*inputs)
+def _together(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The inputs on one device: integers stay on the CPU when a model is moved, or is asked for its shapes alone."""
+    elsewhere = next((x.device for x in inputs if x.device.type != "cpu"), None)
+    if elsewhere is None or all(x.device == elsewhere or x.dim() == 0 for x in inputs):
+        return inputs
+    return tuple(x.to(elsewhere) for x in inputs)
 
-    OPERATORS[name] = apply
+
+def _elementwise(name: str, function: Callable[..., Any]) -> None:
+    OPERATORS[name] = lambda attributes, *inputs: function(*_together(inputs))
 
 
 _ELEMENTWISE: dict[str, Operator] = {
@@ -241,7 +244,7 @@ def _transpose(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
 
 @operator("Concat")
 def _concat(attributes: Attributes, *parts: torch.Tensor) -> torch.Tensor:
-    return torch.cat(parts, int(attributes["axis"]))  # type: ignore[arg-type]
+    return torch.cat(_together(parts), int(attributes["axis"]))  # type: ignore[arg-type]
 
 
 @operator("Split")
@@ -284,7 +287,7 @@ def _gather(attributes: Attributes, x: torch.Tensor, indices: torch.Tensor) -> t
 
 @operator("GatherElements")
 def _gather_elements(attributes: Attributes, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    return torch.gather(x, int(attributes.get("axis", 0)), indices)  # type: ignore[arg-type]
+    return torch.gather(x, int(attributes.get("axis", 0)), indices.to(x.device))  # type: ignore[arg-type]
 
 
 @operator("GatherND")

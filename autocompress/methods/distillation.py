@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from autocompress.devices import CPU, autocast_context, finish, moved
 from autocompress.graph.executor import GraphModule
 from autocompress.layout import laid_out, training_layout
 from autocompress.plan import Recipe
 from autocompress.progress import Progress
 from autocompress.tasks.splits import TensorSplit
-from autocompress.tasks.training import autocast_context
 
 TIMED_MACS, TIMED_LEAST = 8 * 10**9, 4
 """Multiply-accumulates of a forward pass that is long enough to be timed, and samples that it has at least."""
@@ -43,6 +43,7 @@ class TeacherData:
         split: the samples.
         mirror: whether mirrored images are samples, too.
         batch_size: of the teacher's batches.
+        device: where the teacher answers.
 
     Attributes:
         known: pairs of a sample and a view that the teacher has answered for, of ``len(order)``.
@@ -50,8 +51,15 @@ class TeacherData:
         features: ``[known, F]`` penultimate features, or None where the model has no such layer.
     """
 
-    def __init__(self, teacher: GraphModule, split: TensorSplit, mirror: bool, batch_size: int = 256) -> None:
-        self.split, self.batch_size = split, batch_size
+    def __init__(
+        self,
+        teacher: GraphModule,
+        split: TensorSplit,
+        mirror: bool,
+        batch_size: int = 256,
+        device: torch.device = CPU,
+    ) -> None:
+        self.split, self.batch_size, self.device = split, batch_size, device
         self._teacher, self._feature = teacher, penultimate(teacher)
         pairs = (2 if mirror else 1) * len(split)
         self.order = torch.randperm(pairs, generator=torch.Generator().manual_seed(0))
@@ -71,22 +79,24 @@ class TeacherData:
         if self._feature is not None:
 
             def capture(value: torch.Tensor) -> torch.Tensor:
-                captured.append(value.detach().float().flatten(1))
+                captured.append(value.detach().float().flatten(1).cpu())
                 return value
 
             self._teacher.taps[self._feature] = capture
+        self._teacher.on(self.device)
         try:
-            with torch.no_grad(), autocast_context():
+            with torch.no_grad(), autocast_context(self.device):
                 while not self.complete:
                     pairs = self.order[self.known : self.known + self.batch_size]
-                    outputs.append(self._teacher(laid_out(self._inputs(pairs), torch.channels_last)).float())
+                    inputs = laid_out(moved(self._inputs(pairs), self.device), torch.channels_last)
+                    outputs.append(self._teacher(inputs).float().cpu())
                     self.known += len(pairs)
                     if progress is not None:
                         progress.advance()
                     if seconds is not None and time.monotonic() - started >= seconds:
                         break
         finally:
-            self._teacher.taps = taps
+            self._teacher.on(CPU).taps = taps
         if outputs:
             self.logits = torch.cat(outputs)
         if captured:
@@ -117,10 +127,15 @@ class TeacherData:
 
 
 def teach(
-    teacher: GraphModule, split: TensorSplit, mirror: bool, progress: Progress, seconds: float | None = None
+    teacher: GraphModule,
+    split: TensorSplit,
+    mirror: bool,
+    progress: Progress,
+    seconds: float | None = None,
+    device: torch.device = CPU,
 ) -> TeacherData:
     """Asks the teacher about the samples once, so that no training step has to: about all, or for some seconds."""
-    data = TeacherData(teacher, split, mirror)
+    data = TeacherData(teacher, split, mirror, device=device)
     progress.stage("teacher", None if seconds is not None else -(-len(data.order) // data.batch_size))
     data.extend(seconds, progress)
     return data
@@ -208,15 +223,17 @@ def distill(
     mixed_precision: bool = True,
     schedule: Schedule | None = None,
     falling: Callable[[], None] | None = None,
+    device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> int:
     """Trains a module in place against cached teacher outputs.
 
     Args:
         seconds: where given, training ends when they are over, the schedule being stretched to end with them.
-        mixed_precision: whether to compute in bfloat16 where the CPU has it (see ``mixed_precision_pays``).
+        mixed_precision: whether to compute in bfloat16 where the device has it (see ``mixed_precision_pays``).
         schedule: of the learning rate.
         falling: called once, before the learning rate begins to fall.
+        device: where the steps are computed; the module comes back to the CPU.
 
     Returns:
         The number of steps taken.
@@ -225,6 +242,7 @@ def distill(
         FloatingPointError: the loss is no finite number: the recovery diverged.
     """
     schedule = schedule or Schedule()
+    module.on(device)
     own = [p for p in module.parameters() if p.requires_grad]
     optimizer = make_optimizer(own, learning_rate, weight_decay, extra_parameters or ())
     name = penultimate(module) if recipe.feature_weight and data.features is not None else None
@@ -243,6 +261,7 @@ def distill(
     module.to(memory_format=layout)  # type: ignore[call-overload]
     started = time.monotonic()
     taken = 0
+    last: torch.Tensor | None = None
     try:
         for inputs, targets, logits, features in data.batches(batch_size, generator):
             elapsed = time.monotonic() - started
@@ -255,17 +274,19 @@ def distill(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * schedule(part)
             seen.clear()
-            with autocast_context() if mixed_precision else nullcontext():
+            inputs, logits, features = (moved(value, device) for value in (inputs, logits, features))
+            targets = None if targets is None else moved(targets, device)
+            _require_finite(last, taken - 1)
+            with autocast_context(device) if mixed_precision else nullcontext():
                 outputs = module(laid_out(inputs, layout))
             loss = distillation_loss(outputs.float(), targets, logits, recipe, task_loss)
             if seen:
                 loss = loss + recipe.feature_weight * similarity_loss(seen[0].float(), features)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the distillation loss became {float(loss.detach())} at step {taken}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(own, 5.0)
             optimizer.step()
+            last = loss.detach()
             taken += 1
             if progress is not None:
                 progress.advance()
@@ -275,8 +296,15 @@ def distill(
                 module.taps[name] = inner
             else:
                 module.taps.pop(name, None)
-        module.eval()
+        module.on(CPU).eval()
+    _require_finite(last, taken - 1)
     return taken
+
+
+def _require_finite(loss: torch.Tensor | None, step: int) -> None:
+    """Looked at one step late: a CUDA device works on a step while the next one's samples are fetched."""
+    if loss is not None and not torch.isfinite(loss):
+        raise FloatingPointError(f"the distillation loss became {float(loss)} at step {step}")
 
 
 def make_optimizer(
@@ -293,30 +321,32 @@ def make_optimizer(
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate)
 
 
-def mixed_precision_pays(module: GraphModule, inputs: torch.Tensor) -> bool:
+def mixed_precision_pays(module: GraphModule, inputs: torch.Tensor, device: torch.device = CPU) -> bool:
     """Times a training step both ways: narrow layers are often slower in bfloat16 than in float32."""
-    taken = _step_times(module, inputs)
+    taken = _step_times(module, inputs, device)
     return taken[True] < taken[False]
 
 
-def step_time(module: GraphModule, inputs: torch.Tensor) -> float:
+def step_time(module: GraphModule, inputs: torch.Tensor, device: torch.device = CPU) -> float:
     """Seconds of a forward and a backward pass over the inputs, in the precision that is faster."""
-    return min(_step_times(module, inputs).values())
+    return min(_step_times(module, inputs, device).values())
 
 
-def _step_times(module: GraphModule, inputs: torch.Tensor) -> dict[bool, float]:
+def _step_times(module: GraphModule, inputs: torch.Tensor, device: torch.device) -> dict[bool, float]:
     """Seconds of a step without and with mixed precision; of large models, reckoned up from a part of the inputs."""
     taken = {}
-    module.train()
+    module.on(device).train()
     some = inputs[: max(TIMED_LEAST, TIMED_MACS // max(module.graph.macs(), 1))]
-    images = laid_out(some, training_layout(module.graph))
+    images = laid_out(moved(some, device), training_layout(module.graph))
     for mixed in (False, True, False, True):
+        finish(device)
         started = time.perf_counter()
-        with autocast_context() if mixed else nullcontext():
+        with autocast_context(device) if mixed else nullcontext():
             outputs = module(images)
         outputs.float().square().mean().backward()
+        finish(device)
         # The second time counts, once buffers are warm.
         taken[mixed] = (time.perf_counter() - started) * len(inputs) / len(some)
     module.zero_grad(set_to_none=True)
-    module.eval()
+    module.on(CPU).eval()
     return taken

@@ -86,10 +86,12 @@ class _LearnedGrid(nn.Module):
     steps of the weights' size would throw small scales about (a third less error at 4 bits).
     """
 
+    start: torch.Tensor
+
     def __init__(self, layer: Layer, weight: torch.Tensor, bits: int) -> None:
         super().__init__()
         self.layer, self.bits = layer, bits
-        self.start = row_scales(weight_matrix(layer, weight.detach()), bits)
+        self.register_buffer("start", row_scales(weight_matrix(layer, weight.detach()), bits))
         self.floor = DEAD_ROW * float(self.start.max())
         self.stretch = nn.Parameter(torch.zeros_like(self.start))
 

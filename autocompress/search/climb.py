@@ -13,6 +13,7 @@ import numpy as np
 import optuna
 import torch
 
+from autocompress.devices import resolve_device
 from autocompress.graph.blocks import drop_blocks
 from autocompress.graph.executor import build_module
 from autocompress.graph.read import read_model
@@ -161,11 +162,12 @@ class Climber:
         if context.teacher is not context.task.model:
             teacher = build_module(*read_model(context.teacher, context.task.example_inputs))
         train = context.task.split("train")
+        device = resolve_device(context.config.device)
         taught = teach(
             teacher, train, context.task.augmentation.flip, context.progress,
-            seconds=LESSONS_FIRST_S if context.timed else None,
+            seconds=LESSONS_FIRST_S if context.timed else None, device=device,
         )  # fmt: skip
-        self.trainer = Trainer(context.task, taught, context.config.seed, repeatable=not context.timed)
+        self.trainer = Trainer(context.task, taught, context.config.seed, repeatable=not context.timed, device=device)
         settings = context.space.distillation
         if train.labels is None:
             settings = without_labels(settings)

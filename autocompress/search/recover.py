@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from autocompress.devices import CPU
 from autocompress.graph.executor import GraphModule
 from autocompress.methods.compressed import CompressedModel, not_finite
 from autocompress.methods.distillation import Schedule, TeacherData, distill, mixed_precision_pays, step_time
@@ -82,13 +83,20 @@ class Trainer:
         seed: of the sample order.
         repeatable: whether the same steps must give the same weights; it rules out choices made by timing.
         batch_size: samples a training step, where memory allows.
+        device: where training steps are computed, and float models judged.
     """
 
     def __init__(
-        self, task: Task, teacher: TeacherData, seed: int, repeatable: bool = False, batch_size: int = BATCH
+        self,
+        task: Task,
+        teacher: TeacherData,
+        seed: int,
+        repeatable: bool = False,
+        batch_size: int = BATCH,
+        device: torch.device = CPU,
     ) -> None:
         self.task, self.teacher, self.seed = task, teacher, seed
-        self.repeatable, self.batch_size = repeatable, batch_size
+        self.repeatable, self.batch_size, self.device = repeatable, batch_size, device
         calibration = task.split("calibration").inputs
         self.calibration = [(calibration[i : i + 128],) for i in range(0, len(calibration), 128)]
 
@@ -131,7 +139,7 @@ class Trainer:
         broken = not_finite(graph, recovered)
         if broken:
             raise FloatingPointError(f"weights are no finite numbers after {taken} steps, those of {broken[0]} first")
-        error = 1.0 - quality(self.task, module)
+        error = 1.0 - quality(self.task, module.on(self.device))
         if not math.isfinite(error):
             raise FloatingPointError(f"the score is {1.0 - error} after {taken} steps")
         spent = time.monotonic() - started
@@ -149,7 +157,7 @@ class Trainer:
         """How long a training step of a model takes here and now."""
         module = GraphModule(graph, weights)
         add_norms(module, self.calibration[:1])
-        return step_time(module, self._sample(batch_for(graph, self.batch_size)))
+        return step_time(module, self._sample(batch_for(graph, self.batch_size)), self.device)
 
     def to_formats(
         self, recovered: Recovered, plan: CompressionPlan, *, steps: int, seconds: float | None, progress: Progress
@@ -190,9 +198,10 @@ class Trainer:
             extra_parameters=scales,
             batch_size=batch_size,
             seconds=seconds,
-            mixed_precision=not self.repeatable and mixed_precision_pays(module, self._sample(batch_size)),
+            mixed_precision=not self.repeatable and mixed_precision_pays(module, self._sample(batch_size), self.device),
             schedule=schedule,
             falling=falling,
+            device=self.device,
             progress=progress,
         )
 

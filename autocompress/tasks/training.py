@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -18,12 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from autocompress.devices import autocast_context
 from autocompress.layout import laid_out, training_layout_of
 from autocompress.progress import Progress, SilentProgress
 from autocompress.tasks.base import DataSet, correctness, cross_entropy, predict
 from autocompress.tasks.splits import TensorSplit, augment, iterate_batches
 
-__all__ = ["RECIPES", "Recipe", "augment", "autocast_context", "iterate_batches", "recipe_for", "train", "trained_once"]
+__all__ = ["RECIPES", "Recipe", "augment", "iterate_batches", "recipe_for", "train", "trained_once"]
 
 log = logging.getLogger(__name__)
 
@@ -61,21 +61,6 @@ RECIPES: Mapping[str, Recipe] = {
 def recipe_for(data: DataSet) -> Recipe:
     """The recipe of a built-in data set, or one that suits folders of images."""
     return RECIPES.get(data.name, Recipe(epochs=20, batch_size=32, learning_rate=0.05))
-
-
-def supports_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; without that, autocasting to it is slower than float32."""
-    try:
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    except AttributeError:  # private names, free to go in another torch
-        return False
-
-
-def autocast_context() -> contextlib.AbstractContextManager[object]:
-    """Mixed precision for training, where the CPU gains from it."""
-    if supports_bfloat16():
-        return torch.autocast("cpu", dtype=torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 def train(

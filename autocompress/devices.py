@@ -1,0 +1,59 @@
+"""Where training happens: the CPU, or a CUDA device where there is one."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from autocompress.errors import UsageError
+
+CPU = torch.device("cpu")
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name: ``cpu``, ``cuda``, or ``auto`` for CUDA where there is one.
+
+    >>> resolve_device("cpu")
+    device(type='cpu')
+
+    Raises:
+        UsageError: ``cuda`` is asked for, and torch sees none.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return CPU
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"device {name!r}: torch {torch.__version__} sees no CUDA device; use cpu, or auto for CUDA if there is one"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def supports_bfloat16(device: torch.device = CPU) -> bool:
+    """Whether it multiplies bfloat16 in hardware; without that, autocasting to it is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    try:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    except AttributeError:  # private names, free to go in another torch
+        return False
+
+
+def autocast_context(device: torch.device = CPU) -> contextlib.AbstractContextManager[object]:
+    """Mixed precision for training, where the device gains from it."""
+    if supports_bfloat16(device):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def moved(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device; to CUDA it is copied from pinned memory while the device goes on with its work."""
+    if device.type != "cuda" or value.is_cuda:
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
+
+
+def finish(device: torch.device) -> None:
+    """Waits until the device has done what it was given: it works behind Python's back, and a clock must not."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
