@@ -102,7 +102,7 @@ def search(config: RunConfig | None = None, *, progress: Progress | None = None,
         logger.info("%s %s", "resumed" if resumed else "started", run)
         from autocompress.search.engine import Engine
 
-        _write_environment(run)
+        _write_environment(run, config.device)
         profile = prepared.profile
         stored = run / "profile.yaml"
         if stored.is_file():
@@ -465,10 +465,12 @@ def _check_target(path: Path) -> None:
         raise UsageError(f"--out: cannot write to {str(path.parent)!r}; choose another folder")
 
 
-def _write_environment(run: Path) -> None:
+def _write_environment(run: Path, device: str) -> None:
+    from autocompress.devices import device_description, resolve_device
     from autocompress.search.files import write_text
 
-    write_text(run / "environment.json", json.dumps(environment_facts(), indent=1))
+    facts = {**environment_facts(), "training": device_description(resolve_device(device))}
+    write_text(run / "environment.json", json.dumps(facts, indent=1))
 
 
 def _write_manifest(run: Path) -> None:

@@ -29,6 +29,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def device_description(device: torch.device) -> str:
+    """What a run says it trained on: ``cpu``, or the name of the CUDA device."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
 def supports_bfloat16(device: torch.device = CPU) -> bool:
     """Whether it multiplies bfloat16 in hardware; without that, autocasting to it is slower than float32."""
     if device.type == "cuda":

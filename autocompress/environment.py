@@ -18,15 +18,12 @@ class Facts(TypedDict):
     python: str
     system: str
     cpu: str
-    cuda: str
     date: str
     packages: dict[str, str]
 
 
 def environment_facts() -> Facts:
     """This machine, these versions, now (UTC)."""
-    import torch
-
     from autocompress.hardware.profile import cpu_description
 
     versions = {"autocompress": __version__}
@@ -39,7 +36,6 @@ def environment_facts() -> Facts:
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu": cpu_description(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "packages": versions,
     }
