@@ -112,6 +112,7 @@ def run(cell: Cell, work: Path) -> pd.DataFrame:
     folder = work / cell.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(cell.command(folder / "run"), stdout=log, stderr=subprocess.STDOUT)
         fronts = watch(process, folder / "run" / "front.json")
@@ -121,7 +122,8 @@ def run(cell: Cell, work: Path) -> pd.DataFrame:
     place = FOLDER / "fronts" / f"{cell.name.replace('/', '-')}.csv"
     place.parent.mkdir(parents=True, exist_ok=True)
     last.to_csv(place, index=False)
-    return volumes.assign(model=cell.model, method=cell.method, steps=cell.steps, seed=cell.seed, budget=cell.budget_s)
+    facts = {"steps": cell.steps, "seed": cell.seed, "budget": cell.budget_s, "commit": commit.stdout.strip()}
+    return volumes.assign(model=cell.model, method=cell.method, **facts)
 
 
 def watch(process: subprocess.Popen[bytes], path: Path) -> list[tuple[float, list[str]]]:
@@ -183,7 +185,7 @@ def parse(name: str) -> Cell:
 
 COLUMNS = [
     "model", "method", "steps", "seed", "budget", "seconds", "hypervolume", "validation_hypervolume", "points",
-    "trials", "delivered", "machine", "date",
+    "trials", "delivered", "machine", "date", "commit",
 ]  # fmt: skip
 
 

@@ -98,6 +98,7 @@ def _table(part: pd.DataFrame) -> pd.DataFrame:
                 "trials": int(last["trials"]),
                 "points": int(last["points"]),
                 "on validation": f"{last['validation_hypervolume']:.3f}",
+                "commit": last["commit"],
             }
         )
     return pd.DataFrame(rows)
@@ -146,7 +147,8 @@ def _ablations(part: pd.DataFrame) -> list[str]:
         budget = float(curve["budget"].iloc[0])
         marks = {f"{m:.0f} s": f"{at(curve, m):.3f}" for m in MARKS_S if m <= budget}
         name = "nothing" if method == "without-nothing" else method.removeprefix("without-")
-        rows.append({"left out": name, "seed": seed, **marks, "points": int(curve["points"].iloc[-1])})
+        last = curve.iloc[-1]
+        rows.append({"left out": name, "seed": seed, **marks, "points": int(last["points"]), "commit": last["commit"]})
     title = f"## One part left out, {part['budget'].iloc[0] / 60:.0f} minutes each"
     return [title, "", markdown(pd.DataFrame(rows)), ""]
 

@@ -19,7 +19,7 @@ def curve(method: str, volumes: dict[float, float], seed: int = 0, steps: int | 
         {"seconds": t, "hypervolume": v, "validation_hypervolume": v, "points": 3} for t, v in sorted(volumes.items())
     ]
     facts = {"model": "net", "method": method, "steps": steps, "seed": seed, "budget": 600.0, "trials": 7}
-    return pd.DataFrame(rows).assign(delivered=4, machine="a machine", date="2026-01-01", **facts)
+    return pd.DataFrame(rows).assign(delivered=4, machine="a machine", date="2026-01-01", commit="abc1234", **facts)
 
 
 def test_what_stood_at_a_time_is_the_last_front_before_it() -> None:
