@@ -184,6 +184,20 @@ def split_gap_text(front: LoadedFront) -> str:
     return f"{head} over the {len(points)} points: {mean}, {most}."
 
 
+def recovery_text(front: LoadedFront) -> str:
+    """How the models of the front got their weights; empty without points."""
+    given = [point.plan.recipe.steps + point.plan.recipe.qat_steps for point in front.points]
+    trained = sorted(steps for steps in given if steps)
+    if not given:
+        return ""
+    if not trained:
+        return "Every model of the front stands as it was put together from the database of compressed layers."
+    span = f"{trained[0]:,}" if trained[0] == trained[-1] else f"{trained[0]:,} to {trained[-1]:,}"
+    told = f"{len(trained)} of {len(given)} models of the front were recovered, by {span} steps of training"
+    rest = "; the others stand as they were put together from the database of compressed layers"
+    return f"{told}{rest if len(trained) < len(given) else ''}."
+
+
 def tied_text(names: Sequence[str], most: int = 2) -> str:
     """The points whose quality cannot be told from one's: ``p01, p02 and 3 more``."""
     rest = len(names) - most

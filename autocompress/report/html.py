@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from autocompress.front import LoadedFront, Point, budget_text, load_front
 from autocompress.report import diagnostics, figures
-from autocompress.report.describe import highlights, quality_text, split_gap_text, tied_text, verdict
+from autocompress.report.describe import highlights, quality_text, recovery_text, split_gap_text, tied_text, verdict
 from autocompress.report.ranking import ladder_figure, ranking_text
 from autocompress.report.space import SpaceSummary, read_space
 from autocompress.report.tables import read_ladder, read_rejected, read_trials, readable_points
@@ -87,6 +87,7 @@ def render(front: LoadedFront) -> str:
         prediction_error=diagnostics.prediction_error(front),
         split_gap=split_gap_text(front),
         ranking=ranking_text(ladder),
+        recovered=recovery_text(front),
         table=_table(front, space),
         has_energy=any(point.info.energy_mj is not None for point in every),
         rejected=rejected.astype(object).where(rejected.notna(), "").to_dict("records"),

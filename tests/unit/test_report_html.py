@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from autocompress.front import load_front
-from autocompress.plan import CompressionPlan, LayerPlan, Quality, SplitGap, Student
+from autocompress.plan import CompressionPlan, LayerPlan, Quality, Recipe, SplitGap, Student
 from autocompress.report import diagnostics, figures
-from autocompress.report.describe import describe_plan, highlights, split_gap_text, tied_text, verdict
+from autocompress.report.describe import describe_plan, highlights, recovery_text, split_gap_text, tied_text, verdict
 from autocompress.report.html import write_report
 from autocompress.report.space import SpaceSummary, read_space
 from autocompress.report.tables import read_rejected, read_trials, readable_points
@@ -159,6 +159,18 @@ def test_the_gap_between_validation_and_test_stands_beside_chance(tmp_path: Path
     assert "chance" not in split_gap_text(older)
     assert "+0.40 points on average, +1.00 points at most" in split_gap_text(older)
     assert split_gap_text(load_front(build_run(tmp_path / "empty", make_front(0)))) == ""
+
+
+def test_the_page_says_which_models_were_recovered_and_for_how_long(page: str, run: Path, tmp_path: Path) -> None:
+    told = recovery_text(load_front(run))
+    assert told.startswith("11 of 12 models of the front were recovered, by 45 to 500 steps of training; the others")
+    assert told in page
+    stitched = make_front(2)
+    bare = [p.model_copy(update={"plan": p.plan.model_copy(update={"recipe": Recipe()})}) for p in stitched.points]
+    alone = build_run(tmp_path / "alone", stitched.model_copy(update={"points": tuple(bare)}))
+    assert "database of compressed layers" in recovery_text(load_front(alone))
+    assert "were recovered" not in recovery_text(load_front(alone))
+    assert recovery_text(load_front(build_run(tmp_path / "none", make_front(0)))) == ""
 
 
 def test_ties_are_named(page: str) -> None:
