@@ -1,11 +1,12 @@
 """The simpler ways to search, with everything but the search taken from the engine.
 
 Each rival reads and prices the model as the engine does, starts every candidate from the same database of compressed
-layers, trains with the same distillation and the same recipe, and delivers through the same exporter and the same
+layers, trains with the same distillation (in its default recipe), and delivers through the same exporter and the same
 measurements.  What differs is what is tried next and how long it is trained:
 
 - ``nsga2``, ``tpe``, ``random``: Optuna proposes complete plans (an option a knob, and how many residual blocks leave);
-  each is trained for a fixed number of steps, exported, and told back as measured.  They start from the engine's seeds.
+  each is trained for a fixed number of steps, exported, and told back as measured.  They begin with uniform plans and
+  with plans by dynamic programming, at full and at the least depth, as many as NSGA-II's population.
 - ``quantize``: the same with NSGA-II over number formats alone.
 - ``sequence``: prune to a uniform width, train, then quantize: several widths, the time shared equally.
 
@@ -28,6 +29,7 @@ import torch
 
 from autocompress.api import teacher_of
 from autocompress.config import RunConfig
+from autocompress.devices import resolve_device
 from autocompress.environment import environment_facts
 from autocompress.front import error_of, latency_of
 from autocompress.graph.blocks import drop_blocks, find_blocks
@@ -39,7 +41,7 @@ from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Original, 
 from autocompress.progress import SilentProgress
 from autocompress.rundir import open_run_directory
 from autocompress.search.bases import Base, build_student
-from autocompress.search.climb import MEASURE_S
+from autocompress.search.climb import LESSONS_FIRST_S, LESSONS_SHARE, MEASURE_S
 from autocompress.search.context import Context, name_of, priced
 from autocompress.search.engine import Engine
 from autocompress.search.files import Clock, write_text
@@ -61,9 +63,11 @@ FORMAT_STEPS = 0.25
 """Steps with low-bit formats simulated, as a share of a trial's."""
 
 SEQUENCE_WIDTHS = (0.75, 0.5, 0.375, 0.25, 0.125)
-POPULATION = 16
+POPULATION = 8
+"""Of NSGA-II, and how many seeds all of Optuna's start with: a few dozen trials are all that ten minutes hold."""
+
 BLOCKS = "blocks"
-SEED_WIDTHS, SEED_FORMATS = (1.0, 0.5, 0.25), (("int8", 8), ("int8", 4))
+SEED_WIDTHS = (1.0, 0.5)
 
 
 class Rival(Engine):
@@ -81,11 +85,12 @@ class Rival(Engine):
         """Tries candidates until the time is over; the front on disk follows each of them."""
         self.context = context = self._set_up()
         teacher = build_module(context.original.graph, context.original.weights or {})
-        taught = teach(teacher, self.task.split("train"), self.task.augmentation.flip, self.progress)
+        device = resolve_device(self.config.device)
+        flip = self.task.augmentation.flip
+        taught = teach(teacher, self.task.split("train"), flip, self.progress, LESSONS_FIRST_S, device)
         # A count of steps gets further with more samples each; against the clock smaller batches do.
-        self.trainer = Trainer(
-            self.task, taught, self.config.seed, batch_size=BATCH if self.method == "sequence" else COUNTED_BATCH
-        )
+        batch_size = BATCH if self.method == "sequence" else COUNTED_BATCH
+        self.trainer = Trainer(self.task, taught, self.config.seed, batch_size=batch_size, device=device)
         self.blocks = [b.name for b in find_blocks(context.original.graph)]
         if self.blocks:
             self.blocks.sort(key=self._harm)
@@ -102,7 +107,9 @@ class Rival(Engine):
         menu = self._menu()
         sampler: optuna.samplers.BaseSampler
         if self.method == "tpe":
-            sampler = optuna.samplers.TPESampler(seed=self.config.seed, multivariate=True, constant_liar=False)
+            sampler = optuna.samplers.TPESampler(
+                seed=self.config.seed, multivariate=True, constant_liar=False, n_startup_trials=POPULATION
+            )
         elif self.method == "random":
             sampler = optuna.samplers.RandomSampler(seed=self.config.seed)
         else:
@@ -116,6 +123,9 @@ class Rival(Engine):
         while self.clock.left > (np.median(taken[-5:]) if taken else 0.0):
             started = time.monotonic()
             trial = study.ask()
+            if isinstance(sampler, optuna.samplers.NSGAIISampler):
+                # A trial whose parameters are all given is never shown to the sampler, which would not breed from it.
+                sampler.get_trial_generation(study, study.trials[trial.number])
             choices = [
                 [o.label for o in k.options].index(trial.suggest_categorical(k.name, [o.label for o in k.options]))
                 for k in menu.knobs
@@ -146,20 +156,22 @@ class Rival(Engine):
         return menu.reduced(whole, {})
 
     def _seeds(self, menu: Menu) -> list[dict[str, object]]:
-        """The engine's seeds by dynamic programming, and uniform plans at full and at the least depth, in turn."""
+        """Uniform int8 plans, and some of the engine's by dynamic programming, at full and at the least depth."""
         context = self.context
-        found: list[tuple[int, ...]] = []
-        if menu is context.menu:
+        uniform = [menu.uniform(width, "int8", 8) for width in SEED_WIDTHS]
+        if self.method == "quantize":
+            pairs = [(menu.uniform(1.0, "int8", bits), 0) for bits in (8, 4)]
+        else:
             price = NamedPrices(menu, context.original.skeleton, context.costs)
             found = dp_surface(menu, self._sensitivity(context), price)
-        uniform = [menu.uniform(w, c, b) for w in SEED_WIDTHS for c, b in SEED_FORMATS]  # type: ignore[arg-type]
-        mixed = [choices for pair in zip(uniform, found, strict=False) for choices in pair] if found else uniform
-        seeds: list[dict[str, object]] = []
-        for place, choices in enumerate(dict.fromkeys([*mixed, *uniform, *found])):
-            depth = len(self.blocks) if place % 2 and self.method != "quantize" else 0
-            labels = {k.name: k.options[c].label for k, c in zip(menu.knobs, choices, strict=True)}
-            seeds.append({**labels, BLOCKS: depth})
-        return seeds
+            found = [found[place] for place in price(np.array(found))[:, 0].argsort()]
+            places = np.linspace(0, len(found) - 1, POPULATION // 2 - len(uniform) + 2)[1:-1]
+            spread = [found[round(place)] for place in places]
+            pairs = [(choices, depth) for choices in [*uniform, *spread] for depth in (0, len(self.blocks))]
+        return [
+            {**{k.name: k.options[c].label for k, c in zip(menu.knobs, choices, strict=True)}, BLOCKS: depth}
+            for choices, depth in pairs
+        ]
 
     # ------------------------------------------------------------------------------------- one candidate
 
@@ -196,6 +208,8 @@ class Rival(Engine):
         return graph, {name: made.weights[name] for name in graph.weight_names()}
 
     def _train(self, plan: CompressionPlan, depth: int, steps: int, seconds: float | None = None) -> Recovered:
+        if not self.trainer.teacher.complete:
+            self.trainer.teacher.extend(LESSONS_FIRST_S if seconds is None else LESSONS_SHARE * seconds)
         graph, weights = self._start(plan, depth)
         return self.trainer.float_recovery(
             graph, weights, Recipe(), fresh=False, steps=steps, seconds=seconds, progress=SilentProgress()

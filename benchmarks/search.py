@@ -32,7 +32,7 @@ from benchmarks.search_page import FOLDER, RIVALS, final, publish
 
 BUDGET_S, ABLATION_S = 600.0, 300.0
 POLL_S = 0.2
-STEPS = (0, 60, 300)
+STEPS = (300, 60, 0)
 """Lengths of training of the rivals; the one that serves a rival best on seed 0 is taken for its other seeds."""
 
 
@@ -72,7 +72,7 @@ def cells(known: pd.DataFrame) -> Iterator[Cell]:
     A rival's later cells need its training length, so they come once its first ones are known.
     """
     yield Cell("resnet20", "ours", 0)
-    for steps in (60, 300, 0):
+    for steps in STEPS:
         for method in ("nsga2", "tpe"):
             yield Cell("resnet20", method, 0, steps)
     yield Cell("resnet20", "sequence", 0)
@@ -93,7 +93,7 @@ def best_steps(known: pd.DataFrame, method: str) -> int:
     """The training length that serves a rival best at the end of seed 0."""
     rows = final(known)
     rows = rows[(rows["model"] == "resnet20") & (rows["method"] == method) & (rows["seed"] == 0)]
-    return int(rows.loc[rows["hypervolume"].idxmax(), "steps"]) if len(rows) else STEPS[1]
+    return int(rows.loc[rows["hypervolume"].idxmax(), "steps"]) if len(rows) else STEPS[-1]
 
 
 def best_rival(known: pd.DataFrame) -> str:
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="only write the page again")
     given = parser.parse_args()
     table = FOLDER / "cells.csv"
-    known = pd.read_csv(table) if table.is_file() else pd.DataFrame(columns=COLUMNS)
+    known = (pd.read_csv(table) if table.is_file() else pd.DataFrame()).reindex(columns=COLUMNS)
     done = {cell_of(row).name for row in final(known).to_dict("records")}
     asked = [parse(name) for name in given.cells]
     while not given.page:
