@@ -1,4 +1,4 @@
-"""Which structures to recover next: those that promise the most hypervolume once they are recovered."""
+"""What a structure is expected to lose once it is recovered, and the box in which candidates are compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autocompress.pareto import hypervolume
+from autocompress.search.gain import GainTable
 from autocompress.search.scoring import span_of
 
 NEAR, FARTHEST = 0.9, 2.0
@@ -85,9 +85,11 @@ def cost_axes(costs: np.ndarray, names: Sequence[str], reference: Mapping[str, f
 
 
 def gains_of(present: Sequence[Sequence[float]], candidates: Sequence[Sequence[float]]) -> list[float]:
-    """The hypervolume that each candidate alone adds to the points present."""
+    """The hypervolume that each candidate alone adds to the points present, in the unit box."""
     if not candidates:
         return []
-    corner = [1.0] * len(candidates[0])
-    base = hypervolume(np.array(present).reshape(-1, len(corner)), corner)
-    return [hypervolume(np.array([*present, c]), corner) - base for c in candidates]
+    rows = np.array(candidates, dtype=np.float64)
+    points = np.array(present, dtype=np.float64).reshape(-1, rows.shape[1])
+    if rows.shape[1] == 1:
+        return [float(gain) for gain in np.maximum(points.min(initial=1.0) - rows[:, 0], 0.0)]
+    return [float(gain) for gain in GainTable(points).gains(rows[:, :1], rows[:, 1:])]

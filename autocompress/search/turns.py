@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,9 +103,10 @@ class Turns:
         if self.context.timed:
             # They are measured, so they play no part where steps are counted and must repeat.
             present += [outcome for point, outcome in self._delivered() if point.plan.recipe.steps == 0]
+        left = self._left(available_s)
         chosen: list[Turn] = []
         while turns and len(chosen) < at_once:
-            best = self._best(turns, present)
+            best = self._best(turns, present, left)
             if best is None:
                 break
             chosen.append(best)
@@ -114,24 +115,45 @@ class Turns:
             turns = [t for t in turns if t.structure.key != best.structure.key and (t.seconds or 0.0) <= longest]
         return chosen
 
-    def _best(self, turns: Sequence[Turn], present: Sequence[Outcome]) -> Turn | None:
+    def _left(self, available_s: float) -> float:
+        """Seconds for training alone."""
+        return max(available_s - max(self.delivery_s[-3:]), 0.0)
+
+    def _best(self, turns: Sequence[Turn], present: Sequence[Outcome], left: float) -> Turn | None:
+        """The turn with the best prospect: the most gain for its time, after the turn or after more of its like."""
         gains = self.context.gains
-        total = np.zeros(len(turns))
+        prospects = [(turn, drop, seconds) for turn in turns for drop, seconds in self._prospects(turn, left)]
+        total = np.zeros(len(prospects))
         for doubt in DOUBT:
-            promised = [Outcome(max(t.drop, 0.0) * float(np.exp(doubt)), t.structure.costs) for t in turns]
+            promised = [Outcome(max(drop, 0.0) * float(np.exp(doubt)), t.structure.costs) for t, drop, _ in prospects]
             total += gains.each(present, promised)
         if total.max() <= 0.0 and gains.axes:
             # With quality alone to win, the next best guess is worth a try: forecasts err.
             return None
+        lasting = np.array([seconds for _, _, seconds in prospects])
+        return prospects[int(np.argmax(np.where(total > 0.0, total / lasting, total)))][0]
+
+    def _prospects(self, turn: Turn, left: float) -> Iterator[tuple[float, float]]:
+        """(expected drop, seconds until then) after a turn, and after further rungs as far as there is time for them.
+
+        A first rung alone may promise nothing of a structure that would be the best after some more.
+        """
+        if turn.seconds is None:
+            yield turn.drop, 1.0
+            return
         delivery = float(np.mean(self.delivery_s[-5:]))
-        lasting = np.array([1.0 if t.seconds is None else t.seconds + delivery for t in turns])
-        return turns[int(np.argmax(np.where(total > 0.0, total / lasting, total)))]
+        drop, lasting, taken = turn.drop, turn.seconds, turn.seconds + delivery
+        yield drop, taken
+        while taken + GROWTH * lasting <= left:
+            drop, lasting = self._sized.promoted(drop), GROWTH * lasting
+            taken += lasting + delivery
+            yield drop, taken
 
     def _possible(self, first: int, formats_share: float, available_s: float) -> list[Turn]:
         """Every training that could come next and ends in time, or nearly does."""
         context = self.context
         failures = context.delivery.failures
-        left = max(available_s - max(self.delivery_s[-3:]), 0.0)
+        left = self._left(available_s)
 
         def first_seconds(structure: Structure) -> float | None:
             return first * float(np.median(self.step_s[-5:])) * structure.work if context.timed else None
