@@ -24,6 +24,7 @@ from autocompress.rundir import open_run_directory
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import torch
     from torch import nn
 
     from autocompress.hardware.predict import Prediction
@@ -100,9 +101,10 @@ def search(config: RunConfig | None = None, *, progress: Progress | None = None,
     clock = Clock(run / ".work" / "spent.json", leg.budget_s, leg.began_s, leg.number)
     with _log_to(run / "log.jsonl"):
         logger.info("%s %s", "resumed" if resumed else "started", run)
+        from autocompress.devices import resolve_device
         from autocompress.search.engine import Engine
 
-        _write_environment(run, config.device)
+        _write_environment(run, resolve_device(config.device, repeatable=config.time_budget is None))
         profile = prepared.profile
         stored = run / "profile.yaml"
         if stored.is_file():
@@ -465,11 +467,11 @@ def _check_target(path: Path) -> None:
         raise UsageError(f"--out: cannot write to {str(path.parent)!r}; choose another folder")
 
 
-def _write_environment(run: Path, device: str) -> None:
-    from autocompress.devices import device_description, resolve_device
+def _write_environment(run: Path, device: torch.device) -> None:
+    from autocompress.devices import device_description
     from autocompress.search.files import write_text
 
-    facts = {**environment_facts(), "training": device_description(resolve_device(device))}
+    facts = {**environment_facts(), "training": device_description(device)}
     write_text(run / "environment.json", json.dumps(facts, indent=1))
 
 

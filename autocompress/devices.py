@@ -11,8 +11,12 @@ from autocompress.errors import UsageError
 CPU = torch.device("cpu")
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, repeatable: bool = False) -> torch.device:
     """The device of a name: ``cpu``, ``cuda``, or ``auto`` for CUDA where there is one.
+
+    Args:
+        name: as in the configuration.
+        repeatable: whether the same seed must give the same models, which only the CPU does: ``auto`` is the CPU then.
 
     >>> resolve_device("cpu")
     device(type='cpu')
@@ -20,7 +24,7 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         UsageError: ``cuda`` is asked for, and torch sees none.
     """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    if name == "cpu" or (name == "auto" and (repeatable or not torch.cuda.is_available())):
         return CPU
     if not torch.cuda.is_available():
         raise UsageError(
@@ -37,7 +41,7 @@ def device_description(device: torch.device) -> str:
 def supports_bfloat16(device: torch.device = CPU) -> bool:
     """Whether it multiplies bfloat16 in hardware; without that, autocasting to it is slower than float32."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     except AttributeError:  # private names, free to go in another torch

@@ -47,13 +47,14 @@ def without_seeds() -> None:
 
 
 def without_ladder() -> None:
-    """Every structure is trained once, longer."""
+    """Every structure is trained once, longer, and delivered in all its formats."""
     possible, first = Turns._possible, Climber._first_steps
 
     def entrants(self: Turns, *given: Any) -> list[Turn]:
         return [turn for turn in possible(self, *given) if turn.rung == 1]
 
     patch.object(Turns, "_possible", entrants).start()
+    patch.object(climb, "FINE_FIRST", False).start()
     patch.object(Climber, "_first_steps", lambda self: LONGER * first(self)).start()
 
 

@@ -40,7 +40,7 @@ from autocompress.methods.rounding import FINE_BITS
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Original, Recipe, Student
 from autocompress.progress import SilentProgress
 from autocompress.rundir import open_run_directory
-from autocompress.search.bases import Base, build_student
+from autocompress.search.bases import Base, build_student, on_base
 from autocompress.search.climb import LESSONS_FIRST_S, LESSONS_SHARE, MEASURE_S
 from autocompress.search.context import Context, name_of, priced
 from autocompress.search.engine import Engine
@@ -179,9 +179,7 @@ class Rival(Engine):
         base = self._base(depth)
         if base is self.context.original:
             return plan
-        layers = {layer.name: plan.layers[layer.name] for layer in base.graph.compressible}
-        groups = {g.id: plan.groups[g.id] for g in base.graph.groups if g.id in plan.groups}
-        return complete(base.graph, CompressionPlan(base=base.spec, groups=groups, layers=layers))
+        return on_base(plan, base)
 
     def _base(self, depth: int) -> Base:
         """The original without its ``depth`` least harmful blocks."""

@@ -22,6 +22,8 @@ from autocompress.tasks.splits import TensorSplit
 TIMED_MACS, TIMED_LEAST = 8 * 10**9, 4
 """Multiply-accumulates of a forward pass that is long enough to be timed, and samples that it has at least."""
 
+WEIGHT_DECAY = 1e-4
+
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -73,8 +75,8 @@ class TeacherData:
 
     def extend(self, seconds: float | None = None, progress: Progress | None = None) -> None:
         """Asks the teacher for more answers: for at most so many seconds, but one batch at least, or for all."""
-        started = time.monotonic()
-        outputs, captured = [self.logits] if self.known else [], [] if self.features is None else [self.features]
+        started, known = time.monotonic(), self.known
+        outputs, captured = [self.logits] if known else [], [] if self.features is None else [self.features]
         taps = dict(self._teacher.taps)
         if self._feature is not None:
 
@@ -86,17 +88,18 @@ class TeacherData:
         self._teacher.on(self.device)
         try:
             with torch.no_grad(), autocast_context(self.device):
-                while not self.complete:
-                    pairs = self.order[self.known : self.known + self.batch_size]
+                while known < len(self.order):
+                    pairs = self.order[known : known + self.batch_size]
                     inputs = laid_out(moved(self._inputs(pairs), self.device), torch.channels_last)
                     outputs.append(self._teacher(inputs).float().cpu())
-                    self.known += len(pairs)
+                    known += len(pairs)
                     if progress is not None:
                         progress.advance()
                     if seconds is not None and time.monotonic() - started >= seconds:
                         break
         finally:
             self._teacher.on(CPU).taps = taps
+        self.known = known
         if outputs:
             self.logits = torch.cat(outputs)
         if captured:
@@ -217,7 +220,6 @@ def distill(
     task_loss: LossFunction,
     generator: torch.Generator,
     extra_parameters: list[nn.Parameter] | None = None,
-    weight_decay: float = 1e-4,
     batch_size: int = 128,
     seconds: float | None = None,
     mixed_precision: bool = True,
@@ -244,7 +246,7 @@ def distill(
     schedule = schedule or Schedule()
     module.on(device)
     own = [p for p in module.parameters() if p.requires_grad]
-    optimizer = make_optimizer(own, learning_rate, weight_decay, extra_parameters or ())
+    optimizer = make_optimizer(own, learning_rate, extra_parameters or ())
     name = penultimate(module) if recipe.feature_weight and data.features is not None else None
     seen: list[torch.Tensor] = []
     inner = module.taps.get(name) if name else None
@@ -310,12 +312,11 @@ def _require_finite(loss: torch.Tensor | None, step: int) -> None:
 def make_optimizer(
     parameters: Sequence[nn.Parameter],
     learning_rate: float,
-    weight_decay: float,
     undecayed: Sequence[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """AdamW that decays matrices, and neither vectors nor what is ``undecayed``."""
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [*(p for p in parameters if p.dim() <= 1), *undecayed], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate)
@@ -333,10 +334,12 @@ def step_time(module: GraphModule, inputs: torch.Tensor, device: torch.device = 
 
 
 def _step_times(module: GraphModule, inputs: torch.Tensor, device: torch.device) -> dict[bool, float]:
-    """Seconds of a step without and with mixed precision; of large models, reckoned up from a part of the inputs."""
+    """Seconds of a step without and with mixed precision; on the CPU, of large models, reckoned up from some inputs."""
     taken = {}
     module.on(device).train()
-    some = inputs[: max(TIMED_LEAST, TIMED_MACS // max(module.graph.macs(), 1))]
+    # A CUDA device takes as long for a few samples as for a batch.
+    count = max(TIMED_LEAST, TIMED_MACS // max(module.graph.macs(), 1)) if device.type == "cpu" else len(inputs)
+    some = inputs[:count]
     images = laid_out(moved(some, device), training_layout(module.graph))
     for mixed in (False, True, False, True):
         finish(device)

@@ -11,7 +11,8 @@ from autocompress.graph.blocks import drop_blocks
 from autocompress.graph.read import read_model
 from autocompress.hardware.models import CostModel
 from autocompress.hardware.skeleton import Skeleton
-from autocompress.plan import ModelGraph, Original, Student
+from autocompress.plan import CompressionPlan, ModelGraph, Original, Student
+from autocompress.search.menu import complete
 from autocompress.tasks.base import Task
 
 
@@ -53,6 +54,13 @@ def build_student(task: Task, original: Base, spec: Student, cost_model: CostMod
     skeleton = cost_model.lower(graph)
     skeleton.adopt(original.skeleton)
     return Base(spec, graph, weights, skeleton)
+
+
+def on_base(plan: CompressionPlan, base: Base) -> CompressionPlan:
+    """A plan of the original's, on a base that lacks some of its layers."""
+    layers = {layer.name: plan.layers[layer.name] for layer in base.graph.compressible}
+    groups = {group.id: plan.groups[group.id] for group in base.graph.groups if group.id in plan.groups}
+    return complete(base.graph, CompressionPlan(base=base.spec, groups=groups, layers=layers))
 
 
 def shallow_specs(blocks: Sequence[str], depths: Sequence[float]) -> list[Student]:

@@ -13,12 +13,13 @@ import numpy as np
 import optuna
 import torch
 
-from autocompress.devices import resolve_device
+from autocompress.devices import CPU, resolve_device
+from autocompress.errors import UsageError
 from autocompress.graph.blocks import drop_blocks
-from autocompress.graph.executor import build_module
+from autocompress.graph.executor import GraphModule, build_module
 from autocompress.graph.read import read_model
 from autocompress.methods.compressed import CompressedModel
-from autocompress.methods.distillation import teach
+from autocompress.methods.distillation import TeacherData, teach
 from autocompress.methods.rounding import FINE_BITS
 from autocompress.plan import CompressionPlan, LayerPlan, ModelGraph, Recipe
 from autocompress.progress import Progress
@@ -36,6 +37,7 @@ from autocompress.search.study import Scored
 from autocompress.search.together import at_once, together
 from autocompress.search.turns import ENTRANTS, PROMOTED, Turn, Turns
 from autocompress.search.variants import variants
+from autocompress.tasks.splits import TensorSplit
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +54,9 @@ LARGEST_FIRST = 4.0
 FORMATS_SHARE = 0.25
 """Share of a rung's time that trains with number formats simulated, where there are formats that need it."""
 
-LOW_BITS = 2
-"""Such formats that a structure is delivered in, at most; none after a first rung unless all within budget are such."""
+LOW_BITS, FINE_FIRST = 2, True
+"""Such formats that a structure is delivered in, at most; in timed runs none after a first rung, unless all within
+budget are such."""
 
 LESSONS_FIRST_S, LESSONS_SHARE = 3.0, 0.1
 """Seconds for the teacher's first answers, and its share of a rung's time until it has answered for all samples."""
@@ -127,10 +130,11 @@ class Climber:
         if context.timed and context.clock.left < self.reserve() + 5.0:
             return
         self._prepare()
+        formats, quiet = context.space.distillation, Quiet(context.progress)
         for structure in turns.recovered.values():
             if not self._time_left():
                 return
-            self._deliver(self._models(structure, True, None, Quiet(context.progress)))
+            self._deliver(self._models(structure, True in formats.qat, self._formats_seconds(structure), quiet))
         count = 1
         if context.timed:
             weights = context.evaluator.database.weights
@@ -141,9 +145,11 @@ class Climber:
         if first >= FRESH_LEAST or not context.timed:
             # One tells whether they compete.
             turns.waiting += fresh_students(context, self.bases)[:1]
+        forms = (form for options in context.formats.values() for form in options)
+        share = FORMATS_SHARE if True in formats.qat and any(_few_bits(form) for form in forms) else 0.0
         context.progress.stage("recover", None if context.timed else ENTRANTS + PROMOTED)
         while self._time_left():
-            chosen = turns.next(first, count, self._available(), FORMATS_SHARE)
+            chosen = turns.next(first, count, self._available(), share)
             if not chosen:
                 break
             self._take(chosen)
@@ -162,17 +168,34 @@ class Climber:
         if context.teacher is not context.task.model:
             teacher = build_module(*read_model(context.teacher, context.task.example_inputs))
         train = context.task.split("train")
-        device = resolve_device(context.config.device)
-        taught = teach(
-            teacher, train, context.task.augmentation.flip, context.progress,
-            seconds=LESSONS_FIRST_S if context.timed else None, device=device,
-        )  # fmt: skip
+        device = resolve_device(context.config.device, repeatable=not context.timed)
+        try:
+            taught = self._taught(teacher, train, device)
+        except RuntimeError as error:
+            if device == CPU:
+                raise
+            if context.config.device != "auto":
+                raise UsageError(
+                    f"{context.config.origin('device')}: recovery fails on {device} ({reason_of(error)}); use cpu"
+                ) from error
+            logger.warning("recovery trains on the CPU, for it fails on %s: %s", device, reason_of(error))
+            device = CPU
+            taught = self._taught(teacher, train, device)
         self.trainer = Trainer(context.task, taught, context.config.seed, repeatable=not context.timed, device=device)
         settings = context.space.distillation
         if train.labels is None:
             settings = without_labels(settings)
-        self.recipes = RecipeStudy(context.storage, settings, context.config.seed)
-        self.formats = FormatsStudy(context.storage, settings, context.config.seed)
+        self.recipes = RecipeStudy(context.storage, settings, context.config.seed, context.study_prefix)
+        self.formats = FormatsStudy(context.storage, settings, context.config.seed, context.study_prefix)
+
+    def _taught(self, teacher: GraphModule, train: TensorSplit, device: torch.device) -> TeacherData:
+        """The teacher's first answers, or all where steps are counted; shows, too, that the loss computes there."""
+        task, timed = self.context.task, self.context.timed
+        seconds = LESSONS_FIRST_S if timed else None
+        taught = teach(teacher, train, task.augmentation.flip, self.context.progress, seconds, device)
+        if train.labels is not None and device != CPU:
+            task.loss(taught.logits[:2].to(device), train.labels[:2].to(device))
+        return taught
 
     def reserve(self) -> float:
         """Seconds for the end: what may stand on the front is timed once more and scored on the test split."""
@@ -183,6 +206,12 @@ class Climber:
     def _available(self) -> float:
         return max(0.0, self.context.clock.left - self.reserve())
 
+    def _formats_seconds(self, structure: Structure) -> float | None:
+        """Seconds for training what was taken up with formats simulated; None where steps are counted."""
+        if not self.context.timed or structure.recovered is None:
+            return None
+        return min(FORMATS_SHARE * structure.recovered.seconds, 0.25 * self._available())
+
     def _time_left(self) -> bool:
         return not self.context.timed or self.context.clock.left > self.reserve() + 3.0
 
@@ -192,7 +221,6 @@ class Climber:
         for path in sorted(folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime_ns):
             stored = load_recovered(path)
             if stored is None:
-                path.unlink()
                 continue
             recovered, climbed = stored
             base = self.bases(climbed.plan.base)
@@ -212,16 +240,16 @@ class Climber:
 
     def _take(self, turns: Sequence[Turn]) -> None:
         """Recovers structures for one rung, side by side, then delivers each in its number formats."""
-        context = self.context
+        context, began = self.context, monotonic()
         seconds = None
         if context.timed:
             seconds = min(max(turn.seconds or 0.0 for turn in turns), self._available())
             with context.delivery.stages.of("teacher"):
                 self.trainer.teacher.extend(LESSONS_SHARE * seconds)
+            seconds = min(seconds, self._available())
         asked = [self._ask(turn) for turn in turns]
         jobs = [partial(self._train, turn, given, seconds) for turn, given in zip(turns, asked, strict=True)]
         results = together(jobs, context.progress)
-        started = monotonic()
         models: list[Model] = []
         for turn, given, result in zip(turns, asked, results, strict=True):
             models += self._note(turn, given, result)
@@ -230,12 +258,13 @@ class Climber:
             if given.qat_trial is not None:
                 names = [name_of(m.plan) for m in models if m.structure.key == turn.structure.key and _low_bits(m.plan)]
                 self.formats.tell(given.qat_trial, self._open_after(turn, names), turn.structure.key)
-        self.turns.delivery_s.append(monotonic() - started)
+        self.turns.delivery_s.append(monotonic() - began - (seconds or 0.0))
 
     def _ask(self, turn: Turn) -> Asked:
         trial, recipe = self.recipes.ask() if turn.rung == 1 else (None, self.recipes.best())
         low_bits = [_low_bits(plan) for plan in self._variants(turn.structure)]
-        if not (all(low_bits) if self.context.timed and turn.rung == 1 else any(low_bits)):
+        fine_first = FINE_FIRST and self.context.timed and turn.rung == 1
+        if not low_bits or not (all(low_bits) if fine_first else any(low_bits)):
             return Asked(recipe, False, trial, None)
         qat_trial, qat = self.formats.ask()
         return Asked(recipe, qat, trial, qat_trial)
@@ -256,8 +285,10 @@ class Climber:
         )
         before = structure.recovered
         if before is not None and before.error <= recovered.error:
-            # Going on from the peak of the learning rate can lose more than a rung wins.
-            recovered = dataclasses.replace(recovered, weights=before.weights, error=before.error)
+            # Going on from the peak of the learning rate can lose more than a rung wins.  What there was is delivered.
+            return Trained(
+                dataclasses.replace(recovered, weights=before.weights, error=before.error, recipe=before.recipe), ()
+            )
         trained = dataclasses.replace(structure, recovered=recovered, rung=turn.rung)
         left = None if seconds is None else seconds * simulated
         return Trained(recovered, self._models(trained, asked.qat, left, progress))
@@ -392,9 +423,12 @@ class Climber:
         assert recovered is not None
         plans = self._variants(structure)
         if context.timed:
+            fine = [plan for plan in plans if not _low_bits(plan)]
+            if FINE_FIRST and fine and structure.rung == 1:
+                plans = fine
             plans = self.turns.promising(structure, plans)
             fine = [plan for plan in plans if not _low_bits(plan)]
-            plans = fine if fine and structure.rung == 1 else [*fine, *[p for p in plans if _low_bits(p)][:LOW_BITS]]
+            plans = [*fine, *[plan for plan in plans if _low_bits(plan)][:LOW_BITS]]
         low = max(1, sum(_low_bits(plan) for plan in plans))
         found = []
         for plan in plans:
@@ -450,4 +484,8 @@ def _open_share(turn: Turn, drop: float) -> float:
 
 
 def _low_bits(plan: CompressionPlan) -> bool:
-    return any(f.storage.scheme == "affine" and f.storage.bits < FINE_BITS for f in plan.layers.values())
+    return any(_few_bits(form) for form in plan.layers.values())
+
+
+def _few_bits(form: LayerPlan) -> bool:
+    return form.storage.scheme == "affine" and form.storage.bits < FINE_BITS

@@ -14,7 +14,7 @@ from autocompress.config import RunConfig
 from autocompress.graph.executor import GraphModule
 from autocompress.hardware.models import CostModel
 from autocompress.hardware.skeleton import Skeleton
-from autocompress.plan import CompressionPlan, Front, LayerPlan, Original, Student
+from autocompress.plan import CompressionPlan, Front, LayerPlan, Original, Student, digest_of
 from autocompress.progress import Progress
 from autocompress.search.bases import Base
 from autocompress.search.deliver import ORIGINAL, Delivery
@@ -67,6 +67,11 @@ class Context:
     def timed(self) -> bool:
         """Whether time decides how much is done, rather than numbers of trials and steps."""
         return self.config.time_budget is not None
+
+    @property
+    def study_prefix(self) -> str:
+        """What the names of the run's studies begin with: a storage of the user's may hold those of other runs."""
+        return "" if self.config.storage is None else f"{digest_of(str(self.run.resolve()))}-"
 
     @property
     def formats(self) -> dict[str, Sequence[LayerPlan]]:

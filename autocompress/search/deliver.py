@@ -215,7 +215,9 @@ class Delivery:
         scores = self.task.score(outputs, data.targets).double().numpy()
         if not np.isfinite(scores).all():
             raise FloatingPointError(f"its scores are no finite numbers on the {split} split")
-        np.save(folder / f"{split}.npy", scores.astype(np.float32))
+        partial = folder / f".{split}.npy"
+        np.save(partial, scores.astype(np.float32))
+        partial.replace(folder / f"{split}.npy")
         self.scores[name, split] = scores
         self._scoring_s[name] = monotonic() - started
         return outputs
@@ -226,7 +228,10 @@ class Delivery:
         if point.quality.test is None:
             self._score(name, "test", self.files / name)
             test, reference = self.scores[name, "test"], self.scores.get((ORIGINAL, "test"))
-            drop = None if reference is None or name == ORIGINAL else paired_drop(reference, test)
+            drop = None
+            if reference is not None and name != ORIGINAL:
+                better, worse = (reference, test) if self.task.metric.higher_is_better else (test, reference)
+                drop = paired_drop(better, worse)
             facts = {"test": float(test.mean()), "test_ci95": interval(test), "drop_ci95": drop}
             self.points[name] = point.model_copy(update={"quality": point.quality.model_copy(update=facts)})
             self._save(name)
@@ -234,7 +239,9 @@ class Delivery:
     def scoring_seconds(self, names: Sequence[str]) -> float:
         """How long it will take to score models on the test split, by what their validation split took."""
         ratio = len(self.task.split("test")) / max(len(self.task.split("validation")), 1)
-        return ratio * sum(self._scoring_s.get(name, 0.0) for name in names if self.points[name].quality.test is None)
+        usual = sum(self._scoring_s.values()) / max(len(self._scoring_s), 1)
+        waiting = [name for name in names if name in self.points and self.points[name].quality.test is None]
+        return ratio * sum(self._scoring_s.get(name, usual) for name in waiting)
 
     def score_front(self) -> None:
         """Scores what stands on the front on the test split, once; a model that cannot be scored there leaves it."""

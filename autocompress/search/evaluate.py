@@ -13,6 +13,7 @@ from autocompress.methods.compressed import CompressedModel
 from autocompress.methods.database import LayerDatabase
 from autocompress.methods.simulation import build_compressed
 from autocompress.plan import CompressionPlan
+from autocompress.search.scoring import loss_of
 from autocompress.tasks.base import Task
 from autocompress.tasks.splits import TensorSplit
 
@@ -30,7 +31,7 @@ class Stitched:
 
     Attributes:
         divergence: mean KL(original || candidate) in nats over the ranking samples.
-        error: one minus the task's score on the same samples.
+        error: on the same samples, as ``loss_of`` has it.
     """
 
     divergence: float
@@ -53,7 +54,7 @@ class StitchedEvaluator:
         chosen = torch.randperm(len(validation), generator=torch.Generator().manual_seed(seed))[:RANKING_SAMPLES]
         self._samples: TensorSplit = validation.take(chosen)
         self.correction_inputs = task.split("calibration").batch(slice(0, CORRECTION_SAMPLES)).inputs[0]
-        self._score = task.score
+        self._score, self._metric = task.score, task.metric
         self._teacher = F.log_softmax(self._run(dense), dim=-1)
         self._seen: dict[str, Stitched] = {}
 
@@ -78,7 +79,7 @@ class StitchedEvaluator:
         """Any module with the original's inputs and outputs, on all ranking samples."""
         outputs = self._run(module)
         score = self._score(outputs, self._samples.targets)
-        return Stitched(self.divergence(outputs), 1.0 - float(score.float().mean()))
+        return Stitched(self.divergence(outputs), loss_of(self._metric, float(score.float().mean())))
 
     def divergence_of(self, module: GraphModule) -> float:
         """The divergence of any module with the original's inputs and outputs, on the quick samples."""

@@ -116,8 +116,8 @@ def _write_tables(delivery: Delivery, front: Front, rejected: Mapping[str, str])
     write_text(delivery.run / "front.csv", loaded.to_frame().to_csv())
     frame = points_frame([loaded._handle(delivery.points[n]) for n in rejected if n in delivery.points])
     for name in rejected:
-        if name not in delivery.points:
-            frame.loc[name, "feasible"] = False
+        point = delivery.points.get(name)
+        frame.loc[name, "feasible"] = point is not None and not delivery.excess(point)
     frame["reason"] = [rejected[name] for name in frame.index]
     write_text(delivery.run / "rejected.csv", frame.to_csv(index_label="id"))
 

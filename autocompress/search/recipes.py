@@ -22,9 +22,9 @@ QAT = "qat"
 class RecipeStudy:
     """Optuna's choice of distillation settings; its objective is the share of the quality gap that stays open."""
 
-    def __init__(self, storage: str, options: Distillation, seed: int) -> None:
+    def __init__(self, storage: str, options: Distillation, seed: int, prefix: str = "") -> None:
         self.options = options
-        self.study = _opened(storage, "recipes", seed)
+        self.study = _opened(storage, f"{prefix}recipes", seed)
         default = Recipe()
         first = {
             "alpha": _closest(options.alpha, default.alpha),
@@ -62,9 +62,9 @@ class FormatsStudy:
     the quality gap that a turn's best model with such weights leaves open.
     """
 
-    def __init__(self, storage: str, options: Distillation, seed: int) -> None:
+    def __init__(self, storage: str, options: Distillation, seed: int, prefix: str = "") -> None:
         self.options = options
-        self.study = _opened(storage, "formats", seed)
+        self.study = _opened(storage, f"{prefix}formats", seed)
         for choice in options.qat:
             self.study.enqueue_trial({QAT: choice}, skip_if_exists=True)
 

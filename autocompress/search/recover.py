@@ -24,6 +24,7 @@ from autocompress.methods.recovery import add_norms, fold_norms, quantize_aware,
 from autocompress.methods.rounding import FINE_BITS
 from autocompress.plan import CompressionPlan, ModelGraph, Recipe
 from autocompress.progress import Progress
+from autocompress.search.scoring import loss_of
 from autocompress.tasks.base import Task, quality
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Recovered:
         weights: its weights, norms folded.
         steps: training steps so far.
         seconds: they took.
-        error: on the validation split, one minus the score.
+        error: on the validation split, as ``loss_of`` has it.
         recipe: of the last training.
         plateau: weights before the learning rate fell, which a longer recovery begins with; None where it never did.
     """
@@ -131,7 +132,10 @@ class Trainer:
 
         if steps:
             schedule = LATER_SCHEDULE if before else FIRST_SCHEDULE
-            taken = self._distill(module, recipe, steps, rate, seconds, progress, schedule=schedule, falling=falling)
+            begun = before.steps if before else 0
+            taken = self._distill(
+                module, recipe, steps, rate, seconds, progress, begun, schedule=schedule, falling=falling
+            )
         fold_norms(module)
         module.eval()
         recovered = module.weights()
@@ -139,9 +143,9 @@ class Trainer:
         broken = not_finite(graph, recovered)
         if broken:
             raise FloatingPointError(f"weights are no finite numbers after {taken} steps, those of {broken[0]} first")
-        error = 1.0 - quality(self.task, module.on(self.device))
+        error = loss_of(self.task.metric, quality(self.task, module.on(self.device)))
         if not math.isfinite(error):
-            raise FloatingPointError(f"the score is {1.0 - error} after {taken} steps")
+            raise FloatingPointError(f"the score is no finite number after {taken} steps")
         spent = time.monotonic() - started
         return Recovered(
             graph,
@@ -167,7 +171,7 @@ class Trainer:
 
         def train(module: GraphModule, scales: list[nn.Parameter]) -> None:
             rate = recipe.learning_rate * QAT_LEARNING_RATE
-            self._distill(module, recipe, steps, rate, seconds, progress, scales)
+            self._distill(module, recipe, steps, rate, seconds, progress, recovered.steps, scales=scales)
 
         low_bits = any(storage_bits(plan, layer) < FINE_BITS for layer in recovered.graph.compressible)
         return quantize_aware(
@@ -182,6 +186,8 @@ class Trainer:
         rate: float,
         seconds: float | None,
         progress: Progress,
+        begun: int,
+        *,
         scales: list[nn.Parameter] | None = None,
         schedule: Schedule | None = None,
         falling: Callable[[], None] | None = None,
@@ -194,7 +200,8 @@ class Trainer:
             steps=steps,
             learning_rate=rate,
             task_loss=self.task.loss,
-            generator=torch.Generator().manual_seed(self.seed),
+            # Samples that a shorter training has not reached come first as often as those it has.
+            generator=torch.Generator().manual_seed(self.seed + begun),
             extra_parameters=scales,
             batch_size=batch_size,
             seconds=seconds,

@@ -141,7 +141,7 @@ def _digest(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def _link_folder(source: Path, target: Path) -> None:
-    """Links the files of a folder; those that are written in place are copied.  The folder appears whole."""
+    """Links the files of a folder, none of which is written in place.  The folder appears whole."""
     if target.exists():
         return
     partial = target.with_name(f"{target.name}.part")

@@ -18,14 +18,14 @@ class RungRow:
     """One structure at one rung.
 
     Attributes:
-        id: of the structure; the same at both rungs.
-        rung: 1 for the short training, 2 for the long one.
+        id: of the structure; the same at every rung.
+        rung: 1 for its first, short training, one more for each longer one.
         base: what it starts from: ``original``, ``student``, or ``fresh``.
         macs: multiply-accumulates of one sample.
         latency_ms: predicted, in the fastest formats it may be delivered in.
         divergence: KL from the original as stitched, in nats; None where nothing could be stitched.
         forecast_error: expected on the validation split after recovery, when it was chosen; None likewise.
-        error: on the validation split after this rung, one minus the score; None where the recovery failed.
+        error: on the validation split after this rung, one minus an accuracy; None where the recovery failed.
         steps: of training so far, rungs added up.
         seconds: they took.
         alpha: of the recipe, as are ``temperature``, ``feature_weight`` and ``learning_rate``.

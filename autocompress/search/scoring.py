@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from autocompress.front import drop_between, latency_of
+from autocompress.front import drop_between, error_of, latency_of, points_per_unit
 from autocompress.pareto import hypervolume
 from autocompress.plan import FrontPoint, Metric, SplitGap
 
@@ -78,6 +78,15 @@ def split_gap(validation: Sequence[Scores], test: Sequence[Scores]) -> SplitGap 
         largest=float(differences.max()),
         largest_by_chance=(float(low), float(high)),
     )
+
+
+def loss_of(metric: Metric, quality: float) -> float:
+    """What a search minimises: differences are drops as people read them, a hundredth for a point.
+
+    >>> round(loss_of(Metric(), 0.93), 2), loss_of(Metric(name="mae", unit="", higher_is_better=False), 3.0)
+    (0.07, 0.03)
+    """
+    return error_of(metric, quality) * points_per_unit(metric) / 100.0
 
 
 def span_of(cost: str) -> float:

@@ -181,6 +181,8 @@ def _widths(graph: ModelGraph, options: Mapping[str, Sequence[int]]) -> Iterator
 
 def structures_of(context: Context, base: Base, plans: Sequence[CompressionPlan]) -> list[Structure]:
     """Plans of one base as structures."""
+    if not plans:
+        return []
     whole = context.original.skeleton.price([CompressionPlan()])
     table = base.skeleton.price([_with(plan, LayerPlan(), context, base) for plan in plans])
     macs, parameters = table.macs / whole.macs[0], table.size_bytes / whole.size_bytes[0]

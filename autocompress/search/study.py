@@ -101,6 +101,7 @@ class PlanStudy:
         population: of a genetic sampler.
         sampler: a name of ``autocompress list samplers``; a study may go on with another than it began with.
         repair: makes plans over budget into others that keep it; without, they end before any evaluation.
+        prefix: of the study's name, where several runs share a storage.
     """
 
     def __init__(
@@ -113,11 +114,12 @@ class PlanStudy:
         population: int = POPULATION,
         sampler: str = AUTO,
         repair: Repair | None = None,
+        prefix: str = "",
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.menu, self.costs, self.limits = menu, tuple(costs), dict(limits)
         # Over other costs or under other limits the same trials would have other values and states.
-        self.name = name = f"plans-{digest_of([menu.digest, self.costs, self.limits])}"
+        self.name = name = f"{prefix}plans-{digest_of([menu.digest, self.costs, self.limits])}"
         self.study = optuna.create_study(
             storage=open_storage(storage),
             study_name=name,

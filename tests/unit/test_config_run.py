@@ -42,7 +42,7 @@ def test_budgets_in_the_units_of_the_front() -> None:
     ("flags", "message"),
     [
         ({"task": "digit"}, "--task: unknown task 'digit'; nearest: 'digits'"),
-        ({"device": "gpu"}, "--device: 'gpu' is not allowed; input should be 'cpu' or 'cuda'"),
+        ({"device": "gpu"}, "--device: 'gpu' is not allowed; input should be 'auto', 'cpu' or 'cuda'"),
         ({"hardware": "lokal"}, "--hardware: unknown hardware 'lokal'; nearest: 'local'"),
         ({"hardware": "a.yaml"}, "--hardware: no such file: 'a.yaml'"),
         ({"space": "defalt"}, "--space: unknown search space 'defalt'; nearest: 'default'"),

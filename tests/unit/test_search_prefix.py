@@ -15,7 +15,7 @@ from autocompress.graph.groups import find_groups
 from autocompress.methods.channel_correction import StatisticsCorrection
 from autocompress.methods.database import LayerDatabase
 from autocompress.methods.statistics import collect
-from autocompress.plan import CompressionPlan, Layer
+from autocompress.plan import CompressionPlan, Layer, Metric
 from autocompress.progress import SilentProgress
 from autocompress.search.evaluate import WORST, StitchedEvaluator
 from autocompress.search.menu import Menu
@@ -35,7 +35,7 @@ def evaluator() -> StitchedEvaluator:
     split = TensorSplit(images, torch.zeros(len(images), dtype=torch.long))
     dense = build_module(graph, weights)
     database = LayerDatabase(graph, weights, collect(dense, [(images[:64],)], seed=0))
-    task = SimpleNamespace(split=lambda name: split, score=correctness)
+    task = SimpleNamespace(metric=Metric(), split=lambda name: split, score=correctness)
     return StitchedEvaluator(database, dense, task, seed=0)  # type: ignore[arg-type]
 
 
