@@ -8,14 +8,18 @@ from typing import cast
 import pytest
 import torch
 
+from autocompress.config import RunConfig
+from autocompress.errors import InfeasibleError
 from autocompress.graph.executor import build_module
 from autocompress.graph.read import read_model
 from autocompress.hardware.models import cost_model
 from autocompress.plan import CompressionPlan, Original
 from autocompress.search.bases import Base
-from autocompress.search.context import Context
+from autocompress.search.context import Context, prices
+from autocompress.search.engine import Engine
 from autocompress.search.menu import Menu
 from autocompress.search.narrowing import narrowed
+from autocompress.search.seeds import FORMATS
 from autocompress.search.structures import Bases, Structure, fresh_students, reprice, structures_of, students
 from autocompress.spaces import SearchSpace, Students
 from autocompress.tasks.models import resnet20
@@ -118,3 +122,24 @@ def test_narrowing_by_nothing_changes_nothing_and_else_little(context: Context) 
         name: size for name, size in keep.items() if not name.startswith("layer1.1")
     }
     assert build_module(small_graph, small)(inputs).shape == before.shape
+
+
+def test_no_plans_are_no_structures(context: Context) -> None:
+    assert structures_of(context, context.original, []) == []
+
+
+def test_a_budget_that_shallow_students_alone_keep_is_no_reason_to_end(context: Context) -> None:
+    engine = Engine.__new__(Engine)
+    engine.space, engine.task, engine.profile = SPACE, context.task, make_profile()
+    engine.config = cast(RunConfig, context.config)
+    narrowest = [context.menu.plan(context.menu.uniform(0.0, *form)) for form in FORMATS]
+    whole = min(prices(context.original.skeleton, plan)["latency_ms"] for plan in narrowest)
+    engine.limits = {"latency_ms": whole / 1.25 * 0.95}
+    engine._check_reachable(context.menu, context.original)
+    deep = SPACE.model_copy(update={"students": Students(init=())})
+    engine.space = deep
+    with pytest.raises(InfeasibleError, match="no plan of this space can reach latency_ms"):
+        engine._check_reachable(context.menu, context.original)
+    engine.space, engine.limits = SPACE, {"latency_ms": whole / 1000.0}
+    with pytest.raises(InfeasibleError, match="the depth at their least"):
+        engine._check_reachable(context.menu, context.original)

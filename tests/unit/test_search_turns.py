@@ -122,3 +122,13 @@ def test_forecasts_follow_what_was_seen() -> None:
     after = turns._forecast([few, many])
     assert after[0] > before[0]
     assert turns._forecast([]) == []
+
+
+def test_a_structure_counts_by_what_more_rungs_make_of_it_where_there_is_time_for_them() -> None:
+    turns = make()
+    late, modest = structure("late", 0.125), structure("modest", 0.9)
+    modest.work = 0.1
+    turns.waiting = [late, modest]
+    turns._forecast = lambda waiting: [0.4 if s is late else 0.02 for s in waiting]  # type: ignore[method-assign]
+    assert names(turns, available_s=1000.0) == ["late"]
+    assert names(turns, available_s=turns.delivery_s[-1] + 1.3) == ["modest"]
