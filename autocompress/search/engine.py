@@ -293,13 +293,14 @@ class Engine:
                 study.enqueue(uniform_seeds(context.menu, SEED_SHARES))
                 study.adopt(known)
             note_study(self.run, study.name, self.config.seed)
-            total = None if self.config.trials is None else self.config.trials + study.adopted
+            others = self._taken_over(study)
+            total = None if self.config.trials is None else self.config.trials + others
             limited = math.isfinite(self.clock.left)
             started, left = self.clock.spent, self.clock.left
             self.progress.stage("search", total)
             batch: list[tuple[int, ...]] = []
             while (total is None or study.trials < total) and not study.exhausted:
-                few = study.trials - study.adopted < LEAST_TRIALS
+                few = study.trials - others < LEAST_TRIALS
                 if limited and self.clock.spent - started >= (SEARCH_MOST if few else SEARCH_SHARE) * left:
                     break
                 if not study.waiting and study.trials % SAMPLER_TURN:
@@ -317,6 +318,17 @@ class Engine:
                 write_text(self._search_done, json.dumps({"leg": self.clock.leg, "trials": study.trials}))
         self.trials = study.trials
         return study.scored()
+
+    def _taken_over(self, study: PlanStudy) -> int:
+        """Trials that another run has made: adopted, or of this very study, which a run under other time began with."""
+        if self.clock.leg == 1 or self.clock.began_s:
+            return study.adopted
+        path = self.run / ".work" / "taken-over.json"
+        noted: dict[str, int] = read_json(path) or {}
+        if study.name not in noted:
+            noted[study.name] = study.trials
+            write_text(path, json.dumps(noted))
+        return noted[study.name]
 
     @property
     def _search_done(self) -> Path:

@@ -7,6 +7,8 @@ import json
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from torch import nn
@@ -15,7 +17,9 @@ from autocompress.config import RunConfig
 from autocompress.errors import UsageError
 from autocompress.plan import CompressionPlan
 from autocompress.search.adoption import best_of, known_elsewhere, note_study
+from autocompress.search.engine import Engine
 from autocompress.search.evaluate import Stitched
+from autocompress.search.files import Clock
 from autocompress.search.legs import Leg, read_leg
 from autocompress.search.reuse import Identity, _digest, check_reusable, take_up
 from autocompress.search.study import ADOPTED, PlanStudy
@@ -201,3 +205,15 @@ def test_notes_of_studies_add_up(tmp_path: Path) -> None:
     note_study(tmp_path, "plans-b", 3)
     note_study(tmp_path, "plans-a", 0)
     assert json.loads((tmp_path / ".work" / "studies.json").read_text()) == {"plans-a": 0, "plans-b": 3}
+
+
+def test_trials_of_the_run_that_another_began_with_do_not_count_as_its_own(tmp_path: Path) -> None:
+    engine = Engine.__new__(Engine)
+    engine.run = tmp_path
+    study = SimpleNamespace(name="plans-a", trials=48, adopted=0)
+    engine.clock = cast(Clock, SimpleNamespace(leg=2, began_s=0.0))
+    assert engine._taken_over(cast(PlanStudy, study)) == 48
+    study.trials = 51  # After an interruption it is still 48.
+    assert engine._taken_over(cast(PlanStudy, study)) == 48
+    engine.clock = cast(Clock, SimpleNamespace(leg=2, began_s=60.0))  # A run that was given more counts all its trials.
+    assert engine._taken_over(cast(PlanStudy, study)) == 0
