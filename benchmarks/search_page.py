@@ -99,7 +99,7 @@ def _table(part: pd.DataFrame) -> pd.DataFrame:
                 "trials": int(last["trials"]),
                 "points": int(last["points"]),
                 "on validation": f"{last['validation_hypervolume']:.3f}",
-                "commit": "" if pd.isna(last["commit"]) else last["commit"],
+                "commit": _commit(last),
             }
         )
     return pd.DataFrame(rows)
@@ -139,6 +139,10 @@ def _verdict(part: pd.DataFrame) -> list[str]:
     return [*lines, ""]
 
 
+def _commit(row: pd.Series) -> str:
+    return "" if pd.isna(row["commit"]) else str(row["commit"])
+
+
 def _ablations(part: pd.DataFrame) -> list[str]:
     """What the engine comes to with one of its parts left out, for as long as with all of them."""
     if not len(part):
@@ -149,7 +153,7 @@ def _ablations(part: pd.DataFrame) -> list[str]:
         marks = {f"{m:.0f} s": f"{at(curve, m):.3f}" for m in MARKS_S if m <= budget}
         name = "nothing" if method == "without-nothing" else method.removeprefix("without-")
         last = curve.iloc[-1]
-        rows.append({"left out": name, "seed": seed, **marks, "points": int(last["points"]), "commit": last["commit"]})
+        rows.append({"left out": name, "seed": seed, **marks, "points": int(last["points"]), "commit": _commit(last)})
     title = f"## One part left out, {part['budget'].iloc[0] / 60:.0f} minutes each"
     return [title, "", markdown(pd.DataFrame(rows)), ""]
 

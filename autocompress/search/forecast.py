@@ -12,17 +12,18 @@ Array = npt.NDArray[np.float64]
 FLOOR = 0.01
 """Losses are compared by the logarithm of this much more than they are: near zero, and below it, they differ little."""
 
-PRIOR = np.array([np.log(FLOOR), -0.08, -0.08, 0.9, -0.3])
+PRIOR = np.array([np.log(FLOOR), -0.08, -0.08, 0.9, -0.45, -0.05])
 """Expected weights of a constant, the halvings of MACs and of parameters (negative: fewer is worse), the share of the
-residual blocks that left, and the rung."""
+residual blocks that left, the rung, and the rung times the halvings of MACs: small structures gain less by each."""
 
-PRIOR_DEVIATION = np.array([0.3, 0.06, 0.06, 0.6, 0.15])
+PRIOR_DEVIATION = np.array([0.3, 0.06, 0.06, 0.6, 0.15, 0.03])
 NOISE = 0.2
 """Standard deviation of a structure's logarithm about what its size says."""
 
 
 class CapacityForecast:
-    """Predicts the loss of a structure at a rung: the logarithm is linear in those of MACs and parameters and in depth.
+    """Predicts the loss of a structure at a rung: the logarithm is linear in those of MACs and parameters and in depth,
+    and falls from rung to rung by a step that depends on the MACs.
 
     What was measured corrects a prior by Bayesian linear regression (Bishop, Pattern Recognition and Machine Learning,
     3.3).  Each rung trains longer than the one before it.
@@ -56,9 +57,16 @@ class CapacityForecast:
         """Expected loss of quality of structures ``[n]`` at a rung, as a fraction."""
         return np.asarray(np.exp(_features(macs, parameters, left_out, rung) @ self._weights()) - FLOOR)
 
-    def promoted(self, gap: float, share: float = 1.0) -> float:
-        """The loss of a structure one rung up, or a share of that rung's way, from its loss now."""
-        slope = min(float(self._weights()[-1]), 0.0)
+    def promoted(self, gap: float, macs: float, share: float = 1.0) -> float:
+        """The loss of a structure one rung up, or a share of that rung's way, from its loss now.
+
+        Args:
+            gap: its loss now, as a fraction.
+            macs: its multiply-accumulates, as a share of the original's.
+            share: of the rung's way.
+        """
+        *_, rungs, rungs_by_macs = self._weights()
+        slope = min(float(rungs + rungs_by_macs * np.log2(macs)), 0.0)
         return float(np.exp(_log(gap) + slope * np.log2(1.0 + share)) - FLOOR)
 
     def _weights(self) -> Array:
@@ -77,4 +85,4 @@ def _log(gap: float) -> float:
 
 def _features(macs: Sequence[float], parameters: Sequence[float], left_out: Sequence[float], rung: int) -> Array:
     columns = [np.ones(len(macs)), np.log2(macs), np.log2(parameters), np.asarray(left_out)]
-    return np.stack([*columns, np.full(len(macs), rung - 1.0)], axis=1)
+    return np.stack([*columns, np.full(len(macs), rung - 1.0), (rung - 1.0) * columns[1]], axis=1)

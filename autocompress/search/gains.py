@@ -9,11 +9,14 @@ from statistics import NormalDist
 
 import numpy as np
 
-from autocompress.search.ladder import NEAR, box, gains_of
+from autocompress.search.ladder import box, gains_of
 from autocompress.search.scoring import DROP_SPAN
 
 WIDEST_DROP = 30.0
 """Points of quality at which a candidate is worth nothing to the front."""
+
+NEAR = 0.9
+"""Share of the drop's axis up to the span of the hypervolume that is reported."""
 
 DROP_DOUBT = 0.5
 """Standard deviation of the logarithm of a predicted drop: by how much formats and training move it."""

@@ -145,7 +145,7 @@ class Turns:
         drop, lasting, taken = turn.drop, turn.seconds, turn.seconds + delivery
         yield drop, taken
         while taken + GROWTH * lasting <= left:
-            drop, lasting = self._sized.promoted(drop), GROWTH * lasting
+            drop, lasting = self._sized.promoted(drop, turn.structure.macs), GROWTH * lasting
             taken += lasting + delivery
             yield drop, taken
 
@@ -180,7 +180,7 @@ class Turns:
                         share = min(1.0, left / seconds)
                         seconds *= share
                     if share >= LEAST_SHARE:
-                        found.append(Turn(s, self._sized.promoted(self.outcome(s).drop, share), seconds))
+                        found.append(Turn(s, self._sized.promoted(self.outcome(s).drop, s.macs, share), seconds))
         if not context.timed:
             return entering + found
         shortest = min((turn.seconds or 0.0 for turn in entering), default=0.0)

@@ -20,7 +20,7 @@ def test_it_stays_finite_whatever_was_seen(rows: list[tuple[float, float, float,
     assert np.isfinite(forecast.predict([0.001, 1.0], [1.0, 0.001], [0.0, 1.0], 3)).all()
     for gap in (-0.05, 0.0, 0.3):
         # Longer training is never expected to make a model worse.
-        assert forecast.promoted(gap) <= max(gap, -0.008) + 1e-9
+        assert forecast.promoted(gap, 0.1) <= max(gap, -0.008) + 1e-9
 
 
 def test_without_observations_the_prior_speaks() -> None:
@@ -46,4 +46,4 @@ def test_what_longer_training_gains_is_learned() -> None:
         for forecast, second in ((slow, 0.049), (quick, 0.01)):
             forecast.add(share, share, 0.0, 1, 0.05)
             forecast.add(share, share, 0.0, 2, second)
-    assert quick.promoted(0.05) < slow.promoted(0.05) < 0.05
+    assert quick.promoted(0.05, 0.1) < slow.promoted(0.05, 0.1) < 0.05
