@@ -10,7 +10,7 @@ import optuna
 from optuna.trial import TrialState
 
 from autocompress.plan import Recipe
-from autocompress.search.study import FAILURE, open_storage
+from autocompress.search.study import FAILURE, open_storage, requeue_interrupted
 from autocompress.spaces import Distillation
 
 logger = logging.getLogger(__name__)
@@ -79,11 +79,10 @@ class FormatsStudy:
 
 
 def _opened(storage: str, name: str, seed: int) -> optuna.Study:
-    """A study of the run, created or taken up; trials that an interruption left running have failed."""
+    """A study of the run, created or taken up."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(storage=open_storage(storage), study_name=name, load_if_exists=True)
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
+    requeue_interrupted(study)
     done = len(study.get_trials(deepcopy=False))
     study.sampler = optuna.samplers.TPESampler(seed=seed + 7919 * done, n_startup_trials=4)
     return study

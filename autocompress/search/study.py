@@ -89,6 +89,18 @@ class Adopted:
     origin: str
 
 
+def requeue_interrupted(study: optuna.Study) -> None:
+    """Ends trials that a killed process left running, for nobody will finish them, and queues their choices again.
+
+    Once only, since they may be what killed the process.
+    """
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+        choices = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+        if choices and RETRY_OF not in trial.user_attrs:
+            study.enqueue_trial(choices, user_attrs={RETRY_OF: trial.number})
+
+
 class PlanStudy:
     """A persistent study over plans.
 
@@ -134,13 +146,7 @@ class PlanStudy:
         base = make_sampler(sampler, sampler_settings(menu, len(self.costs), stream, population))
         self.proposer = Proposer(base, menu, repair, stream)
         self.study.sampler = self.proposer
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            # Left behind by a killed process: nobody will finish it.  Its plan is queued again, but once only, since it
-            # may be what killed the process.
-            self.study.tell(trial.number, state=TrialState.FAIL)
-            choices = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-            if choices and RETRY_OF not in trial.user_attrs:
-                self.study.enqueue_trial(choices, user_attrs={RETRY_OF: trial.number})
+        requeue_interrupted(self.study)
         self._known: dict[str, FrozenTrial] = {}
         self.tried: dict[tuple[int, ...], float | None] = {}
         """Choices of every trial, those that wait among them, in order; with the divergence where there is one."""

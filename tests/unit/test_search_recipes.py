@@ -41,15 +41,16 @@ def test_the_best_recipe_is_the_one_that_left_least_open() -> None:
     assert [trial.state.name for trial in study.study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "FAIL", "COMPLETE"]
 
 
-def test_a_resumed_study_of_recipes_fails_what_was_left_running(tmp_path: Path) -> None:
+def test_a_resumed_study_of_recipes_begins_again_with_what_was_left_running(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     study = RecipeStudy(url, OPTIONS, seed=0)
     trial, first = study.ask()
     study.tell(trial, 0.4, "a")
-    study.ask()
+    _, second = study.ask()
     resumed = RecipeStudy(url, OPTIONS, seed=0)
-    assert [trial.state.name for trial in resumed.study.trials] == ["COMPLETE", "FAIL"]
+    assert [trial.state.name for trial in resumed.study.trials] == ["COMPLETE", "FAIL", "WAITING"]
     assert resumed.best().alpha == first.alpha
+    assert resumed.ask()[1] == second
 
 
 @pytest.mark.parametrize(("other", "same"), [(5, True), (6, False)])
