@@ -41,7 +41,7 @@ from autocompress.tasks.splits import TensorSplit
 
 logger = logging.getLogger(__name__)
 
-FIRST_RUNGS, TYPICAL_WORK = 40, 0.3
+FIRST_RUNGS, TYPICAL_WORK = 60, 0.3
 """A first rung of a structure whose steps take ``TYPICAL_WORK`` of the original's takes this part of recovery; every
 further one takes ``turns.GROWTH`` times as long as the one before it."""
 

@@ -79,6 +79,15 @@ class CapacityForecast:
         return np.asarray(np.linalg.solve(precision, target))
 
 
+def doubted(gap: float, doubt: float) -> float:
+    """A loss whose logarithm is off by a doubt.
+
+    >>> round(doubted(0.03, 0.2), 4), doubted(0.0, -0.2)
+    (0.0389, 0.0)
+    """
+    return max(float(np.exp(_log(gap) + doubt)) - FLOOR, 0.0)
+
+
 def _log(gap: float) -> float:
     return float(np.log(max(gap + FLOOR, 0.2 * FLOOR)))
 

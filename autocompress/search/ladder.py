@@ -10,7 +10,7 @@ import numpy as np
 from autocompress.search.gain import GainTable
 from autocompress.search.scoring import span_of
 
-NEAR, FARTHEST = 0.98, 2.0
+NEAR, FARTHEST = 0.995, 2.0
 """Savings up to the end of the reported hypervolume's box fill this share of an axis; the rest is for up to so many
 times as many halvings.  Without it a search would be done once a front fills the box; with a tenth of each axis beyond
 it, a search of ten minutes spent half of them there and filled 0.87 of the box instead of 0.98."""
@@ -71,7 +71,7 @@ def cost_axes(costs: np.ndarray, names: Sequence[str], reference: Mapping[str, f
 
     >>> eight_times, sixteen_times = cost_axes(np.array([[1.0], [0.5]]), ["latency_ms"], {"latency_ms": 8.0}).round(3)
     >>> float(eight_times[0]), float(sixteen_times[0])
-    (0.02, 0.013)
+    (0.005, 0.003)
 
     Args:
         costs: ``[points, names]``.

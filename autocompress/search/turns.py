@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import numpy as np
 from autocompress.plan import CompressionPlan, FrontPoint
 from autocompress.search.context import Context, priced, prices
 from autocompress.search.deliver import ORIGINAL, Delivery
-from autocompress.search.forecast import CapacityForecast
+from autocompress.search.forecast import CapacityForecast, doubted
 from autocompress.search.gains import Outcome
 from autocompress.search.ladder import RecoveryForecast
 from autocompress.search.recover import Recovered
@@ -19,8 +20,9 @@ from autocompress.search.structures import Structure
 DELIVERY_S = 4.0
 """Seconds that delivering structures is thought to take before any has been."""
 
-DOUBT = (-0.2, 0.0, 0.2)
-"""A predicted loss is off by such factors, as logarithms: what is predicted to gain nothing may gain something."""
+DOUBT, UNSEEN, SEEN = (-0.2, 0.0, 0.2), 1.5, 0.5
+"""A predicted loss is off by such logarithms, so that what is predicted to gain nothing may gain something: that of a
+structure that was not trained yet by more, another's by less."""
 
 FORMAT_DOUBT = 0.003
 """Quality, as a fraction, by which a model in its formats may be better than its float weights on validation."""
@@ -113,7 +115,20 @@ class Turns:
             present.append(Outcome(best.drop, best.structure.costs))
             longest = UNEVEN * (best.seconds or 0.0)
             turns = [t for t in turns if t.structure.key != best.structure.key and (t.seconds or 0.0) <= longest]
+            if len(chosen) == 1:
+                turns = [self._stretched(t, best.seconds) for t in turns]
         return chosen
+
+    def _stretched(self, turn: Turn, seconds: float | None) -> Turn:
+        """The turn trained for at least so long: side by side, the shortest lasts as long as the longest."""
+        if turn.seconds is None or seconds is None or turn.seconds >= seconds:
+            return turn
+        drop, lasting, taken = turn.drop, turn.seconds, turn.seconds
+        while taken < seconds:
+            lasting *= GROWTH
+            share = min(1.0, (seconds - taken) / lasting)
+            drop, taken = self._sized.promoted(drop, turn.structure.macs, share), taken + lasting
+        return dataclasses.replace(turn, drop=drop, seconds=seconds)
 
     def _left(self, available_s: float) -> float:
         """Seconds for training alone."""
@@ -125,7 +140,10 @@ class Turns:
         prospects = [(turn, drop, seconds) for turn in turns for drop, seconds in self._prospects(turn, left)]
         total = np.zeros(len(prospects))
         for doubt in DOUBT:
-            promised = [Outcome(max(drop, 0.0) * float(np.exp(doubt)), t.structure.costs) for t, drop, _ in prospects]
+            promised = [
+                Outcome(doubted(drop, doubt * (UNSEEN if turn.rung == 1 else SEEN)), turn.structure.costs)
+                for turn, drop, _ in prospects
+            ]
             total += gains.each(present, promised)
         if total.max() <= 0.0 and gains.axes:
             # With quality alone to win, the next best guess is worth a try: forecasts err.

@@ -132,3 +132,18 @@ def test_a_structure_counts_by_what_more_rungs_make_of_it_where_there_is_time_fo
     turns._forecast = lambda waiting: [0.4 if s is late else 0.02 for s in waiting]  # type: ignore[method-assign]
     assert names(turns, available_s=1000.0) == ["late"]
     assert names(turns, available_s=turns.delivery_s[-1] + 1.3) == ["modest"]
+
+
+def test_what_is_trained_beside_another_is_judged_by_what_it_comes_to_in_the_same_time() -> None:
+    turns = make()
+    turns.waiting = [structure("eighth", 0.125), structure("sixth", 0.17)]
+    first, second = turns.next(100, 2, 1000.0, 0.0)
+    alone = {next(iter(t.structure.plan.groups)): t for t in turns._possible(100, 0.0, 1000.0)}
+    quick, slow = alone["eighth"], alone["sixth"]
+    stretched = turns._stretched(quick, slow.seconds)
+    assert stretched.seconds == slow.seconds
+    assert stretched.drop < quick.drop
+    assert turns._stretched(slow, quick.seconds) == slow
+    assert second.seconds is not None
+    assert first.seconds is not None
+    assert second.seconds >= first.seconds
