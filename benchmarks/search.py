@@ -93,7 +93,7 @@ def best_steps(known: pd.DataFrame, method: str) -> int:
     """The training length that serves a rival best at the end of seed 0."""
     rows = final(known)
     rows = rows[(rows["model"] == "resnet20") & (rows["method"] == method) & (rows["seed"] == 0)]
-    return int(rows.loc[rows["hypervolume"].idxmax(), "steps"]) if len(rows) else STEPS[-1]
+    return int(rows.loc[rows["hypervolume"].idxmax(), "steps"]) if len(rows) else STEPS[0]
 
 
 def best_rival(known: pd.DataFrame) -> str:

@@ -37,6 +37,7 @@ class CapacityForecast:
     def __init__(self) -> None:
         self._rows: list[Array] = []
         self._logs: list[float] = []
+        self._solved: Array | None = None
 
     def add(self, macs: float, parameters: float, left_out: float, rung: int, gap: float) -> None:
         """Notes what a structure lost.
@@ -50,6 +51,7 @@ class CapacityForecast:
         """
         self._rows.append(_features([macs], [parameters], [left_out], rung)[0])
         self._logs.append(_log(gap))
+        self._solved = None
 
     def predict(
         self, macs: Sequence[float], parameters: Sequence[float], left_out: Sequence[float], rung: int
@@ -70,6 +72,11 @@ class CapacityForecast:
         return float(np.exp(_log(gap) + slope * np.log2(1.0 + share)) - FLOOR)
 
     def _weights(self) -> Array:
+        if self._solved is None:
+            self._solved = self._solve()
+        return self._solved
+
+    def _solve(self) -> Array:
         precision = np.diag(PRIOR_DEVIATION**-2.0)
         target = precision @ PRIOR
         if self._rows:

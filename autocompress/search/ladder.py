@@ -12,8 +12,8 @@ from autocompress.search.scoring import span_of
 
 NEAR, FARTHEST = 0.995, 2.0
 """Savings up to the end of the reported hypervolume's box fill this share of an axis; the rest is for up to so many
-times as many halvings.  Without it a search would be done once a front fills the box; with a tenth of each axis beyond
-it, a search of ten minutes spent half of them there and filled 0.87 of the box instead of 0.98."""
+times as many halvings.  Without it a search would be done once a front fills the box; with a tenth of each axis, it
+would spend much of its time beyond."""
 
 PRIOR_GAP, PRIOR_POWER = 0.02, 0.5
 """Expected loss of quality after recovery at a divergence of 0.1 nats, and its growth with divergence."""
