@@ -27,7 +27,7 @@ import pandas as pd
 
 from autocompress.plan import Front
 from benchmarks.ablations import ABLATIONS
-from benchmarks.search_curves import TASK, curve
+from benchmarks.search_curves import TASK, curve, machine
 from benchmarks.search_page import FOLDER, RIVALS, final, publish
 
 BUDGET_S, ABLATION_S = 600.0, 300.0
@@ -149,6 +149,11 @@ def main() -> None:
     given = parser.parse_args()
     table = FOLDER / "cells.csv"
     known = (pd.read_csv(table) if table.is_file() else pd.DataFrame()).reindex(columns=COLUMNS)
+    if others := set(known["machine"]) - {machine()}:
+        raise SystemExit(
+            f"{table} holds cells of {', '.join(sorted(others))}; this machine is {machine()}, and figures of two "
+            "machines do not compare: move the file away to begin anew"
+        )
     done = {cell_of(row).name for row in final(known).to_dict("records")}
     asked = [parse(name) for name in given.cells]
     while not given.page:

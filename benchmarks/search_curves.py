@@ -66,9 +66,13 @@ def curve(model: str, run: Path, fronts: Sequence[tuple[float, list[str]]]) -> t
         }
         for seconds, ids in fronts
     ]
-    machine = ", ".join(part.strip() for part in cpu_description().split(",")[:3])
-    facts = {"trials": trials, "delivered": len(names) - 1, "machine": machine, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    facts = {"trials": trials, "delivered": len(names) - 1, "machine": machine(), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     return pd.DataFrame(rows).assign(**facts), _front(fronts[-1][1], found)
+
+
+def machine() -> str:
+    """The processor that the figures are of."""
+    return ", ".join(part.strip() for part in cpu_description().split(",")[:3])
 
 
 def volume(front: Sequence[Scored], original: Scored, split: str) -> float:
