@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 
-import numpy as np
 import pandas as pd
 import torch
 from optuna.storages import InMemoryStorage
@@ -34,11 +33,12 @@ from autocompress.progress import SilentProgress
 from autocompress.search.context import prices
 from autocompress.search.evaluate import Stitched, StitchedEvaluator
 from autocompress.search.menu import Menu
-from autocompress.search.pricing import ChoicePricer
+from autocompress.search.prefix import PrefixJudge
+from autocompress.search.pricing import ChoicePricer, NamedPrices
 from autocompress.search.pruning import prune
 from autocompress.search.repair import Repair
 from autocompress.search.samplers import SAMPLERS
-from autocompress.search.seeds import FORMATS, Sensitivity, dp_front, measure_sensitivity, uniform_seeds
+from autocompress.search.seeds import FORMATS, Sensitivity, base_options, dp_surface, measure_sensitivity, uniform_seeds
 from autocompress.search.study import PlanStudy, Scored
 from autocompress.search.target import executed_types
 from autocompress.spaces import load_space
@@ -109,15 +109,12 @@ class Bench:
         self.skeleton: Skeleton = cost_model(profile).lower(graph)
         self.menu = prune(Menu(graph, load_space("default")), self.skeleton, COSTS, executed_types(profile))
         self.dense = prices(self.skeleton, CompressionPlan())
-        self.sensitivity: Sensitivity = measure_sensitivity(self.menu, self.evaluator.quick, SilentProgress())
-        self.seeds = list(uniform_seeds(self.menu))
+        judge = PrefixJudge(self.evaluator, self.menu.plan_of(base_options(self.menu)))
+        self.sensitivity: Sensitivity = measure_sensitivity(self.menu, judge.judge, SilentProgress())
         narrow = [prices(self.skeleton, self.menu.plan(self.menu.uniform(0.0, *form))) for form in FORMATS]
         self.least = {name: min(costs[name] for costs in narrow) * 0.9 for name in COSTS}
-        for name in COSTS:
-            self.seeds += dp_front(self.menu, self.sensitivity, lambda plans, name=name: self._column(plans, name))
-
-    def _column(self, plans: Sequence[CompressionPlan], name: str) -> np.ndarray:
-        return np.asarray(getattr(self.skeleton.price(plans), name), dtype=float)
+        price = NamedPrices(self.menu, self.skeleton, COSTS)
+        self.seeds = [*uniform_seeds(self.menu), *dp_surface(self.menu, self.sensitivity, price)]
 
     def run(self, case: Case) -> Outcome:
         """One search: to so many evaluations, or under a budget to so many trials."""

@@ -66,7 +66,12 @@ def curve(model: str, run: Path, fronts: Sequence[tuple[float, list[str]]]) -> t
         }
         for seconds, ids in fronts
     ]
-    facts = {"trials": trials, "delivered": len(names) - 1, "machine": machine(), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    facts = {
+        "trials": trials,
+        "delivered": len(names) - 1,
+        "machine": machine(),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+    }
     return pd.DataFrame(rows).assign(**facts), _front(fronts[-1][1], found)
 
 
