@@ -94,7 +94,7 @@ bench-export: install  ## int8 exports of eight networks against onnxruntime's o
 	$(PIP) install --quiet -c constraints.txt -e '.[transformers]'
 	$(BIN)/python -m benchmarks.export
 
-bench-samplers: install  ## samplers at equal evaluations, and repair under a tight budget, about 4 minutes
+bench-samplers: install  ## samplers at equal evaluations, and repair under a tight budget, about 25 minutes
 	$(BIN)/python -m benchmarks.samplers --fresh
 
 bench-exactness: install  ## simulation against file on 10,000 images (and training the originals once)
