@@ -172,7 +172,7 @@ def main() -> None:
         print(f"{cell.name}: {rows['hypervolume'].iloc[-1]:.4f} after {rows['seconds'].iloc[-1]:.0f} s", flush=True)
         if given.cells and not asked:
             break
-    publish(known)
+    publish(known, [cell.name for cell in cells(known) if cell.name not in done])
 
 
 def cell_of(row: dict[str, object]) -> Cell:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,8 +48,8 @@ def reached(curve: pd.DataFrame, volume: float) -> float:
     return float(after["seconds"].iloc[0]) if len(after) else math.inf
 
 
-def publish(known: pd.DataFrame, folder: Path = FOLDER) -> None:
-    """``README.md`` and one plot a model."""
+def publish(known: pd.DataFrame, missing: Sequence[str] = (), folder: Path = FOLDER) -> None:
+    """``README.md`` and one plot a model; the page names the cells that are missing."""
     if not len(known):
         return
     machines = ", ".join(sorted(known["machine"].unique()))
@@ -73,6 +74,8 @@ def publish(known: pd.DataFrame, folder: Path = FOLDER) -> None:
         lines += [f"## {model}", "", markdown(_table(part)), "", *_verdict(part), f"![curves]({model}.svg)", ""]
         plot(part, folder / f"{model}.svg")
     lines += _ablations(known[left_out])
+    if missing:
+        lines += [f"Still to be made: {', '.join(f'`{name}`' for name in missing)}."]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
