@@ -355,7 +355,8 @@ def drop_between(
 ) -> float:
     """What ``info`` loses against ``reference``: percentage points for a fraction, else the metric's own unit."""
     lost = error_of(metric, getattr(info.quality, split)) - error_of(metric, getattr(reference.quality, split))
-    return lost * points_per_unit(metric)
+    # A loss of exactly two points keeps a budget of two: the difference of two fractions has digits of its own.
+    return round(lost * points_per_unit(metric), 9)
 
 
 def points_per_unit(metric: Metric) -> float:

@@ -18,7 +18,7 @@ from autocompress.errors import UsageError
 from autocompress.export.checkpoint import save_checkpoint
 from autocompress.export.metadata import ArtifactMetrics, Provenance, describe, stamp
 from autocompress.export.onnx import write_onnx
-from autocompress.front import error_of, latency_of
+from autocompress.front import drop_between, error_of, latency_of
 from autocompress.hardware.profile import cpu_description
 from autocompress.methods.compressed import CompressedModel, not_finite
 from autocompress.methods.simulation import build_compressed
@@ -379,9 +379,7 @@ class Delivery:
 
     def drop_of(self, point: FrontPoint) -> float:
         """Points of validation quality that a model lost against the original."""
-        metric = self.task.metric
-        lost = error_of(metric, point.quality.validation) - error_of(metric, self.points[ORIGINAL].quality.validation)
-        return lost * (100.0 if metric.unit == "fraction" else 1.0)
+        return drop_between(self.task.metric, self.points[ORIGINAL], point, "validation")
 
     def select(self) -> tuple[list[FrontPoint], dict[str, str]]:
         """The front among the measured models, best quality first, and why each other one is left out."""

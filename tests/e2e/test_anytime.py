@@ -167,7 +167,7 @@ def test_a_search_under_other_objectives_goes_on_from_there(run: Run, cli: Comma
 
 
 def front_drop(front: LoadedFront, info) -> float:
-    return 100.0 * (front.reference.validation - info.quality.validation)
+    return round(100.0 * (front.reference.validation - info.quality.validation), 9)
 
 
 def test_a_run_under_other_threads_is_refused(run: Run, cli: CommandLine, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from autocompress.errors import InfeasibleError, UsageError
-from autocompress.front import LoadedFront, load_front, load_point
+from autocompress.front import LoadedFront, drop_between, load_front, load_point
+from autocompress.plan import CompressionPlan
 from tests.fixtures.runs import build_run, make_front, make_plan, make_point
 
 
@@ -34,6 +35,15 @@ def test_gains_are_relative_to_the_original(front: LoadedFront) -> None:
     assert point.speedup == pytest.approx(0.6 / point.info.latency_ms.measured)
     assert point.shrink == pytest.approx(1_160_000 / point.size_bytes)
     assert point.drop == pytest.approx((0.9332 - point.validation) * 100)
+
+
+def test_a_loss_of_exactly_two_points_is_two_points(front: LoadedFront) -> None:
+    original, other = (
+        make_point(name, CompressionPlan(), validation=right / 350, latency_ms=0.1, size_bytes=100)
+        for name, right in (("original", 347), ("other", 340))
+    )
+    assert (347 / 350 - 340 / 350) * 100 > 2.0
+    assert drop_between(front.front.metric, original, other, "validation") == 2.0
 
 
 def test_best_under_a_latency_budget_is_the_most_accurate(front: LoadedFront) -> None:
