@@ -9,6 +9,20 @@ import torch
 from autocompress.errors import UsageError
 
 CPU = torch.device("cpu")
+CPU_BATCH, OTHER_BATCH = 32, 256
+
+
+def forward_batch(device: torch.device) -> int:
+    """Samples in a pass that trains nothing.
+
+    On a CPU few: activations of tens of megabytes neither stay in its caches nor in the process, which gives each back
+    when it is freed and has the next one's pages zeroed (MobileNetV2 at 28 x 28, two Zen 4 cores: 2.4 ms an image in
+    batches of 32, 7.4 ms in batches of 256; ResNet-20 0.41 and 0.54 ms).
+
+    >>> forward_batch(CPU)
+    32
+    """
+    return CPU_BATCH if device.type == "cpu" else OTHER_BATCH
 
 
 def resolve_device(name: str, repeatable: bool = False) -> torch.device:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autocompress.devices import CPU, autocast_context, finish, moved
+from autocompress.devices import CPU, autocast_context, finish, forward_batch, moved
 from autocompress.graph.executor import GraphModule
 from autocompress.layout import laid_out, training_layout
 from autocompress.plan import Recipe
@@ -44,7 +44,7 @@ class TeacherData:
         teacher: the model that is followed; its ``taps`` are used and given back.
         split: the samples.
         mirror: whether mirrored images are samples, too.
-        batch_size: of the teacher's batches.
+        batch_size: of the teacher's batches; by default, what suits the device.
         device: where the teacher answers.
 
     Attributes:
@@ -58,10 +58,10 @@ class TeacherData:
         teacher: GraphModule,
         split: TensorSplit,
         mirror: bool,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         device: torch.device = CPU,
     ) -> None:
-        self.split, self.batch_size, self.device = split, batch_size, device
+        self.split, self.batch_size, self.device = split, batch_size or forward_batch(device), device
         self._teacher, self._feature = teacher, penultimate(teacher)
         pairs = (2 if mirror else 1) * len(split)
         self.order = torch.randperm(pairs, generator=torch.Generator().manual_seed(0))

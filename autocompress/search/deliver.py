@@ -33,7 +33,7 @@ from autocompress.search.membership import ALIKE, apart_mask, front_mask
 from autocompress.search.scoring import Scores, interval, paired_drop, ties
 from autocompress.search.stages import Stages
 from autocompress.search.target import BANDED
-from autocompress.tasks.base import Task
+from autocompress.tasks.base import Task, predict
 
 logger = logging.getLogger(__name__)
 
@@ -269,13 +269,10 @@ class Delivery:
 
     def _agreement(self, compressed: CompressedModel, outputs: torch.Tensor) -> float:
         """The share of validation samples that the torch simulation and the runtime classify alike."""
-        data = self.task.split("validation")
-        count = min(AGREEMENT_SAMPLES, len(data))
-        module = build_compressed(compressed)
-        with torch.no_grad():
-            simulated = torch.cat(
-                [module(data.batch(slice(i, min(i + BATCH, count))).inputs[0]) for i in range(0, count, BATCH)]
-            )
+        simulated = predict(
+            build_compressed(compressed), self.task.split("validation").take(slice(0, AGREEMENT_SAMPLES))
+        )
+        count = len(simulated)
         if simulated.dim() != 2:
             return float(torch.isclose(simulated, outputs[:count], rtol=1e-2, atol=1e-2).float().mean())
         return float((simulated.argmax(1) == outputs[:count].argmax(1)).float().mean())

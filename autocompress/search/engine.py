@@ -42,10 +42,18 @@ from autocompress.search.pricing import ChoicePricer
 from autocompress.search.proposing import make_proposals
 from autocompress.search.pruning import prune
 from autocompress.search.publishing import publish, require_feasible
-from autocompress.search.repair import Repair
+from autocompress.search.repair import Repair, structural_harm
 from autocompress.search.samplers import make_sampler
 from autocompress.search.scoring import loss_of
-from autocompress.search.seeds import FORMATS, Judge, Sensitivity, base_options, measure_sensitivity, uniform_seeds
+from autocompress.search.seeds import (
+    FORMATS,
+    Judge,
+    Sensitivity,
+    base_options,
+    measure_sensitivity,
+    single_swaps,
+    uniform_seeds,
+)
 from autocompress.search.stages import Stages
 from autocompress.search.study import PlanStudy, Scored, sampler_settings
 from autocompress.search.target import (
@@ -78,6 +86,12 @@ SAMPLER_TURN = 2
 
 SEED_SHARES = (1.0, 0.5)
 """Widths of the uniform plans that are evaluated whatever they promise; the others are in the pool of proposals."""
+
+SENSITIVITY_MOST = 0.1
+"""Share of the time left that measuring single changes may take; beyond, what they take away stands in for it."""
+
+SWAP_PASSES = 0.5
+"""What judging a single change costs, in passes over the whole network: what lies before the change is shared."""
 
 STITCHED_DELIVERED = 3
 NOTED_EVERY = 20
@@ -356,6 +370,13 @@ class Engine:
         base = context.menu.plan_of(base_options(context.menu))
         judge: Judge = PrefixJudge(context.evaluator, base).judge
         if context.timed:
+            swaps, before = len(single_swaps(context.menu)), self.clock.spent
+            context.evaluator.quick(base)
+            seconds = SWAP_PASSES * swaps * (self.clock.spent - before)
+            if seconds > SENSITIVITY_MOST * self.clock.left:
+                told = "measuring %d single changes would take about %.0f s: how much each takes away stands in for it"
+                logger.info(told, swaps, seconds)
+                return Sensitivity(tuple(structural_harm(context.menu)))
             judge = side_by_side(judge, self.progress)
         found = measure_sensitivity(context.menu, judge, self.progress)
         rows = zip(labels.items(), found.divergence, strict=True)

@@ -14,7 +14,7 @@ from autocompress.methods.database import LayerDatabase
 from autocompress.methods.simulation import build_compressed
 from autocompress.plan import CompressionPlan
 from autocompress.search.scoring import loss_of
-from autocompress.tasks.base import Task
+from autocompress.tasks.base import Task, predict
 from autocompress.tasks.splits import TensorSplit
 
 CORRECTION_SAMPLES = 128
@@ -104,7 +104,4 @@ class StitchedEvaluator:
         return min(float(divergence.flatten(1).sum(1).nan_to_num(WORST, posinf=WORST).mean()), WORST)
 
     def _run(self, module: GraphModule, count: int | None = None) -> torch.Tensor:
-        count = min(count or len(self._samples), len(self._samples))
-        with torch.no_grad():
-            parts = [module(self._samples.batch(slice(i, min(i + 256, count))).inputs[0]) for i in range(0, count, 256)]
-        return torch.cat(parts).float()
+        return predict(module, self._samples.take(slice(0, count))).float()

@@ -36,13 +36,7 @@ class Sensitivity:
 
 def measure_sensitivity(menu: Menu, judge: Judge, progress: Progress) -> Sensitivity:
     """Evaluates each width and each format of each knob on its own; an option counts as the sum of its two parts."""
-    dense = base_options(menu)
-    swaps: list[tuple[int, Option]] = []
-    for index, (knob, whole) in enumerate(zip(menu.knobs, dense, strict=True)):
-        # Built as they are: a menu that was pruned may hold a width in one format and not in the other.
-        widths = [Option(keep, whole.format) for keep in sorted({o.keep for o in knob.options if o.keep is not None})]
-        formats = [Option(whole.keep, form) for form in dict.fromkeys(o.format for o in knob.options)]
-        swaps += [(index, option) for option in (*widths, *formats) if option != whole]
+    dense, swaps = base_options(menu), single_swaps(menu)
     progress.stage("sensitivity", len(swaps))
     plans = [menu.plan_of([*dense[:index], option, *dense[index + 1 :]]) for index, option in swaps]
     losses: dict[tuple[int, Option], float] = {}
@@ -55,6 +49,17 @@ def measure_sensitivity(menu: Menu, judge: Judge, progress: Progress) -> Sensiti
         parts = [(Option(option.keep, whole.format), Option(whole.keep, option.format)) for option in knob.options]
         rows.append(np.array([sum(losses.get((index, part), 0.0) for part in pair) for pair in parts]))
     return Sensitivity(tuple(rows))
+
+
+def single_swaps(menu: Menu) -> list[tuple[int, Option]]:
+    """(knob, option) of everything that is evaluated on its own: each width in the best format, each format whole."""
+    swaps: list[tuple[int, Option]] = []
+    for index, (knob, whole) in enumerate(zip(menu.knobs, base_options(menu), strict=True)):
+        # Built as they are: a menu that was pruned may hold a width in one format and not in the other.
+        widths = [Option(keep, whole.format) for keep in sorted({o.keep for o in knob.options if o.keep is not None})]
+        formats = [Option(whole.keep, form) for form in dict.fromkeys(o.format for o in knob.options)]
+        swaps += [(index, option) for option in (*widths, *formats) if option != whole]
+    return swaps
 
 
 def base_options(menu: Menu) -> list[Option]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autocompress.devices import CPU, moved
+from autocompress.devices import CPU, forward_batch, moved
 from autocompress.errors import unknown_name
 from autocompress.plan import Metric
 from autocompress.tasks.splits import (
@@ -179,14 +179,15 @@ def sources_of(data: DataSet, seed: int, batch_size: int = 128) -> dict[str, Sou
     return sources
 
 
-def predict(model: nn.Module, split: TensorSplit, batch_size: int = 256) -> Tensor:
+def predict(model: nn.Module, split: TensorSplit) -> Tensor:
     """The outputs of a model for a whole split, ``[N, ...]``, on the CPU; the model is left as it was."""
     was_training = model.training
     device = next((parameter.device for parameter in model.parameters()), CPU)
     model.eval()
     try:
         with torch.no_grad():
-            batches = (split.batch(slice(start, start + batch_size)) for start in range(0, len(split), batch_size))
+            size = forward_batch(device)
+            batches = (split.batch(slice(start, start + size)) for start in range(0, len(split), size))
             return torch.cat([model(*(moved(value, device) for value in batch.inputs)).cpu() for batch in batches])
     finally:
         model.train(was_training)

@@ -38,6 +38,7 @@ from autocompress.runtime.session import make_session
 from autocompress.runtime.timing import measure_latency
 from autocompress.search.deliver import ORIGINAL, Delivery
 from autocompress.tasks.base import Task
+from autocompress.tasks.splits import TensorSplit
 from tests.graphs import compress, resnet
 
 NAMES = list(RUNTIMES)
@@ -190,24 +191,12 @@ def test_what_to_install_is_said() -> None:
     assert "pip install 'autocompress[openvino]'" in told
 
 
-class Samples:
-    """As much of a split as delivering needs."""
-
-    def __init__(self, inputs: torch.Tensor) -> None:
-        self.inputs, self.targets = inputs, torch.zeros(len(inputs), dtype=torch.long)
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def batch(self, part: slice) -> SimpleNamespace:
-        return SimpleNamespace(inputs=(self.inputs[part],))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_models_are_delivered_in_it(name: str, tmp_path: Path) -> None:
     graph, weights = resnet(blocks=1)
     compressed = compress(graph, weights, {layer.name: INT8 for layer in graph.compressible[1:]})
-    data = Samples(torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(0)))
+    images = torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    data = TensorSplit(images, torch.zeros(40, dtype=torch.long))
     task = SimpleNamespace(
         name="t", model_name="m", metric=Metric(), split=lambda _: data, score=lambda out, _: out.argmax(1) % 2
     )
