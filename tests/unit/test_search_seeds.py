@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +15,11 @@ from hypothesis import strategies as st
 from autocompress.pareto import dominates
 from autocompress.plan import CompressionPlan
 from autocompress.progress import SilentProgress
+from autocompress.search import engine
+from autocompress.search.engine import Engine
 from autocompress.search.menu import format_of
 from autocompress.search.pricing import NamedPrices
+from autocompress.search.repair import structural_harm
 from autocompress.search.seeds import (
     BINS,
     FORMATS,
@@ -23,6 +28,7 @@ from autocompress.search.seeds import (
     dp_surface,
     knapsack,
     measure_sensitivity,
+    single_swaps,
     uniform_seeds,
 )
 from tests.fixtures.search import make_menu, make_skeleton
@@ -106,6 +112,28 @@ def test_sensitivity_of_losses_that_add_up_is_the_loss() -> None:
         choices = [int(rng.integers(len(knob.options))) for knob in MENU.knobs]
         assert found.estimate(choices) == pytest.approx(divergence(MENU.plan(choices)))
     assert found.estimate(MENU.uniform(1.0, "fp32", 32)) == 0.0
+
+
+@pytest.mark.parametrize(("pass_s", "left_s", "stands_in"), [(1.0, 30.0, True), (1.0, 1e4, False), (0.0, 30.0, False)])
+def test_where_measuring_takes_too_long_what_is_taken_away_stands_in(
+    pass_s: float, left_s: float, stands_in: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 6 < len(single_swaps(MENU)) < 2000
+    clock = SimpleNamespace(spent=0.0, left=left_s)
+
+    def quick(_: CompressionPlan) -> None:
+        clock.spent += pass_s
+
+    (tmp_path / ".work").mkdir()
+    measured = Sensitivity(tuple(np.full(len(knob.options), 0.25) for knob in MENU.knobs))
+    monkeypatch.setattr(engine, "measure_sensitivity", lambda *_: measured)
+    run = SimpleNamespace(run=tmp_path, clock=clock, progress=SilentProgress())
+    context = SimpleNamespace(menu=MENU, evaluator=SimpleNamespace(quick=quick), timed=True)
+    found = Engine._sensitivity(run, context)  # type: ignore[arg-type]
+    expected = structural_harm(MENU) if stands_in else measured.divergence
+    assert all((row == other).all() for row, other in zip(found.divergence, expected, strict=True))
+    # A longer leg of the run measures what a shorter one did not.
+    assert (tmp_path / ".work" / "sensitivity.json").exists() != stands_in
 
 
 # ------------------------------------------------------------------------------------------------------------ seeds
