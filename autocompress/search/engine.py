@@ -294,13 +294,15 @@ class Engine:
         Its own sampler takes turns with plans proposed by expected gain, which are enqueued in the same study.
         """
         costs = context.costs
-        repair, sampler = self._repair(context), self.config.sampler
+        # Once: what stands in for it is not kept, and estimating what measuring would take costs a pass.
+        sensitivity = self._sensitivity(context) if context.hard or not self._searched() else None
+        repair, sampler = self._repair(context, sensitivity), self.config.sampler
         study = PlanStudy(
             context.storage, context.menu, costs, context.hard, self.config.seed, sampler=sampler, repair=repair,
             prefix=context.study_prefix,
         )  # fmt: skip
-        if not self._searched():
-            proposals = make_proposals(context, self._sensitivity(context))
+        if sensitivity is not None and not self._searched():
+            proposals = make_proposals(context, sensitivity)
             if study.trials == 0:
                 known = known_elsewhere(study, context.storage, self.run, self.config.seed, context.original.skeleton)
                 study.enqueue(item.choices for item in best_of(known, costs))
@@ -353,12 +355,12 @@ class Engine:
         done = read_json(self._search_done)
         return done is not None and bool(done["leg"] >= self.clock.leg)
 
-    def _repair(self, context: Context) -> Repair | None:
+    def _repair(self, context: Context, sensitivity: Sensitivity | None) -> Repair | None:
         """What makes plans over budget into others that keep it; None where there are no budgets."""
         if not context.hard:
             return None
         pricer = ChoicePricer(context.menu, context.original.skeleton)
-        return Repair(context.menu, pricer, context.hard, self._sensitivity(context))
+        return Repair(context.menu, pricer, context.hard, sensitivity)
 
     def _sensitivity(self, context: Context) -> Sensitivity:
         path, knobs = self.run / ".work" / "sensitivity.json", context.menu.knobs
