@@ -4,9 +4,11 @@ A cell is a model, a method and a seed, for ten minutes of wall-clock on this ma
 publishes is noted with its time; afterwards each model that ever stood on one is scored on the test split and timed
 again beside the original, in a plain session, and the hypervolume of what was delivered is drawn against time.
 
-python -m benchmarks.search                        # every cell that results/search/cells.csv does not hold yet
+python -m benchmarks.search                        # every cell that this machine's cells.csv does not hold yet
 python -m benchmarks.search resnet20/ours/0        # one cell
 python -m benchmarks.search --page                 # only the page and the plots, from the figures kept
+
+Figures of two machines do not compare, so each kind of processor has its own folder in results/search.
 
 The hypervolume is the share of the box (error above the original's, 0 to 10 points, linear; log2 of the speed-up, to
 8x; log2 of the shrinkage, to 32x) that a front dominates; the gap is what is left to 1.
@@ -15,6 +17,7 @@ The hypervolume is the share of the box (error above the original's, 0 to 10 poi
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import subprocess
 import sys
@@ -27,8 +30,12 @@ import pandas as pd
 
 from autocompress.plan import Front
 from benchmarks.ablations import ABLATIONS
+from benchmarks.fronts import RESULTS
 from benchmarks.search_curves import TASK, curve, machine
-from benchmarks.search_page import FOLDER, RIVALS, final, publish
+from benchmarks.search_page import RIVALS, final, publish
+
+FOLDER = RESULTS / "search" / re.sub(r"[^a-z0-9]+", "-", machine().lower())
+"""Where this machine's figures go."""
 
 BUDGET_S, ABLATION_S = 600.0, 300.0
 POLL_S = 0.2
@@ -149,11 +156,6 @@ def main() -> None:
     given = parser.parse_args()
     table = FOLDER / "cells.csv"
     known = (pd.read_csv(table) if table.is_file() else pd.DataFrame()).reindex(columns=COLUMNS)
-    if others := set(known["machine"]) - {machine()}:
-        raise SystemExit(
-            f"{table} holds cells of {', '.join(sorted(others))}; this machine is {machine()}, and figures of two "
-            "machines do not compare: move the file away to begin anew"
-        )
     done = {cell_of(row).name for row in final(known).to_dict("records")}
     asked = [parse(name) for name in given.cells]
     while not given.page:
@@ -172,7 +174,7 @@ def main() -> None:
         print(f"{cell.name}: {rows['hypervolume'].iloc[-1]:.4f} after {rows['seconds'].iloc[-1]:.0f} s", flush=True)
         if given.cells and not asked:
             break
-    publish(known, [cell.name for cell in cells(known) if cell.name not in done])
+    publish(known, FOLDER, [cell.name for cell in cells(known) if cell.name not in done])
 
 
 def cell_of(row: dict[str, object]) -> Cell:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.fronts import RESULTS, markdown
+from benchmarks.fronts import markdown
 
-FOLDER = RESULTS / "search"
 RIVALS = ("nsga2", "tpe", "sequence", "random", "quantize")
 MARKS_S = (60.0, 150.0, 180.0, 300.0, 600.0)
 """Times at which the page gives the hypervolume."""
@@ -48,16 +47,16 @@ def reached(curve: pd.DataFrame, volume: float) -> float:
     return float(after["seconds"].iloc[0]) if len(after) else math.inf
 
 
-def publish(known: pd.DataFrame, missing: Sequence[str] = (), folder: Path = FOLDER) -> None:
+def publish(known: pd.DataFrame, folder: Path, missing: Sequence[str] = ()) -> None:
     """``README.md`` and one plot a model; the page names the cells that are missing."""
     if not len(known):
         return
-    machines = ", ".join(sorted(known["machine"].unique()))
+    (machine,) = known["machine"].unique()
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime", "optuna"))
     lines = [
         "# The search against simpler ways at equal time",
         "",
-        f"`make bench-search`; {machines}; {packages}; one thread, batch 1, training on two; {known['date'].max()}.",
+        f"`make bench-search`; {machine}; {packages}; one thread, batch 1, training on two; {known['date'].max()}.",
         "",
         "Hypervolume of the delivered front on the test split, as it stood on disk at each time: the share of the box",
         "(error above the original's, 0 to 10 points; log2 of the speed-up, to 8x; log2 of the shrinkage, to 32x) that",
