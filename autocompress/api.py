@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from autocompress.config import RunConfig, load_config
-from autocompress.environment import environment_facts
 from autocompress.errors import InfeasibleError, UsageError
 from autocompress.exporting.handle import ExportedModel, load_export
 from autocompress.exporting.metrics import ARTIFACT, METRICS, is_export
@@ -24,13 +19,11 @@ from autocompress.rundir import open_run_directory
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import torch
     from torch import nn
 
     from autocompress.hardware.predict import Prediction
     from autocompress.hardware.profile import HardwareProfile
     from autocompress.plan import Estimate
-    from autocompress.tasks.base import Task
     from autocompress.verification import Check
 
 __all__ = [
@@ -81,13 +74,17 @@ def search(config: RunConfig | None = None, *, progress: Progress | None = None,
     if leg is None:
         assert config.out is not None
         return _finished_front(config.out)
-    prepared = _prepare(config, progress)
+    from autocompress.devices import resolve_device
+    from autocompress.search import reuse
+    from autocompress.search.engine import Engine
+    from autocompress.search.files import Clock
+    from autocompress.search.prepared import prepare
+    from autocompress.search.records import log_to, write_environment, write_manifest
+
+    prepared = prepare(config, progress)
     source = config.reuse
     if config.out is not None and config.resume and read_leg(config.out) is not None:
         source = None  # taken up already
-    from autocompress.search import reuse
-    from autocompress.search.files import Clock
-
     if source is not None:
         reuse.check_reusable(config, source, prepared.identity)
     config = leg.configured(config)
@@ -99,12 +96,9 @@ def search(config: RunConfig | None = None, *, progress: Progress | None = None,
         leg = reuse.take_up(source, run, leg.budget_s)
     prepared.identity.write(run)
     clock = Clock(run / ".work" / "spent.json", leg.budget_s, leg.began_s, leg.number)
-    with _log_to(run / "log.jsonl"):
+    with log_to(run / "log.jsonl"):
         logger.info("%s %s", "resumed" if resumed else "started", run)
-        from autocompress.devices import resolve_device
-        from autocompress.search.engine import Engine
-
-        _write_environment(run, resolve_device(config.device, repeatable=config.time_budget is None))
+        write_environment(run, resolve_device(config.device, repeatable=config.time_budget is None))
         profile = prepared.profile
         stored = run / "profile.yaml"
         if stored.is_file():
@@ -121,7 +115,7 @@ def search(config: RunConfig | None = None, *, progress: Progress | None = None,
             raise
         finally:
             if (run / "front.json").is_file():
-                _write_manifest(run)
+                write_manifest(run)
                 report(run)
     return load_front(run)
 
@@ -144,75 +138,11 @@ def _finished_front(run: Path) -> LoadedFront:
 
 def dry_run(config: RunConfig, *, progress: Progress | None = None) -> dict[str, Any]:
     """What a search would choose from and what the corners of its space are predicted to cost; nothing is written."""
-    prepared = _prepare(config, progress or SilentProgress())
+    from autocompress.search.prepared import prepare
     from autocompress.search.preview import preview
 
+    prepared = prepare(config, progress or SilentProgress())
     return preview(config, prepared.space, prepared.task, prepared.profile)
-
-
-class _Prepared:
-    def __init__(self, config: RunConfig, progress: Progress) -> None:
-        from autocompress.hardware.profile import load_hardware
-        from autocompress.search.reuse import Identity
-        from autocompress.search.target import check_known
-        from autocompress.spaces import load_space
-
-        _check_supported(config)
-        self.space = load_space(config.space)
-        self.task = task_of(config, progress)
-        self.teacher = teacher_of(config, self.task, progress)
-        self.profile = load_hardware(
-            config.hardware, config.threads, config.batch, runtime=config.runtime, progress=progress
-        )
-        check_known(config, self.profile)
-        self.identity = Identity.of(config, self.space, self.task, self.profile)
-
-
-def task_of(config: RunConfig, progress: Progress) -> Task:
-    """The task that a configuration names; what is wrong with it is said with the flag or file it came from."""
-    from autocompress.tasks import load_task
-
-    statistics = None
-    if config.normalisation is not None:
-        from autocompress.tasks.splits import Normalisation
-
-        statistics = Normalisation(config.normalisation.mean, config.normalisation.std)
-    with config.citing("task", "model", "weights", "data"):
-        return load_task(
-            config.task,
-            config.model,
-            weights=config.weights,
-            data=config.data,
-            progress=progress,
-            input_size=config.input_size,
-            normalisation=statistics,
-        )
-
-
-def teacher_of(config: RunConfig, task: Task, progress: Progress) -> nn.Module:
-    """The model that teaches: another one of the same task where ``teacher`` names it, else the original."""
-    if config.teacher is None:
-        return task.model
-    with config.citing("teacher"):
-        return task_of(config.model_copy(update={"model": config.teacher, "weights": None}), progress).model
-
-
-def _prepare(config: RunConfig, progress: Progress) -> _Prepared:
-    """Everything that can fail for a reason of the caller's, before a run directory is made."""
-    return _Prepared(config, progress)
-
-
-def _check_supported(config: RunConfig) -> None:
-    from autocompress.devices import resolve_device
-    from autocompress.runtime.base import load_runtime
-    from autocompress.search.samplers import resolved
-
-    with config.citing("runtime"):
-        load_runtime(config.runtime)
-    with config.citing("sampler"):
-        resolved(config.sampler)
-    with config.citing("device"):
-        resolve_device(config.device)
 
 
 def report(run: str | Path) -> Path:
@@ -327,6 +257,7 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> list[Check]
         progress: told how far it is.
     """
     from autocompress.exporting.verify import verify_export, verify_file
+    from autocompress.search.prepared import task_of
     from autocompress.verification import is_of_run, verify_path
 
     given, progress = Path(path), progress or SilentProgress()
@@ -465,61 +396,3 @@ def _check_target(path: Path) -> None:
         raise UsageError(f"--out: there is no folder {str(path.parent)!r}; make it first")
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"--out: cannot write to {str(path.parent)!r}; choose another folder")
-
-
-def _write_environment(run: Path, device: torch.device) -> None:
-    from autocompress.devices import device_description
-    from autocompress.search.files import write_text
-
-    facts = {**environment_facts(), "training": device_description(device)}
-    write_text(run / "environment.json", json.dumps(facts, indent=1))
-
-
-def _write_manifest(run: Path) -> None:
-    import hashlib
-
-    from autocompress.search.files import write_text
-
-    names = [
-        "config.yaml",
-        "space.json",
-        "trials.csv",
-        "profile.yaml",
-        "environment.json",
-        "front.json",
-        "front.csv",
-        "rejected.csv",
-        "ladder.csv",
-    ]
-    files = [run / name for name in names] + sorted((run / "models").glob("*/*"))
-    digests = {str(f.relative_to(run)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
-    write_text(run / "manifest.json", json.dumps(digests, indent=1))
-
-
-class _JsonLines(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        row = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
-            "level": record.levelname.lower(),
-        }
-        row |= {"logger": record.name, "message": record.getMessage()}
-        if record.exc_info:
-            row["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(row)
-
-
-@contextmanager
-def _log_to(path: Path) -> Iterator[None]:
-    """Writes the package's log to a file of the run."""
-    root = logging.getLogger("autocompress")
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(_JsonLines())
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(level)
-        handler.close()

@@ -27,7 +27,6 @@ import numpy as np
 import optuna
 import torch
 
-from autocompress.api import teacher_of
 from autocompress.config import RunConfig
 from autocompress.devices import resolve_device
 from autocompress.environment import environment_facts
@@ -46,6 +45,7 @@ from autocompress.search.context import Context, name_of, priced
 from autocompress.search.engine import Engine
 from autocompress.search.files import Clock, write_text
 from autocompress.search.menu import Menu, complete
+from autocompress.search.prepared import teacher_of
 from autocompress.search.pricing import NamedPrices
 from autocompress.search.recover import BATCH, Recovered, Trainer
 from autocompress.search.seeds import dp_surface

@@ -41,7 +41,7 @@ def lowered_kernels(
     held = quantized_tensors(graph, steps, int8, 1)
     known = [layers.get(layer.name, LayerPlan()) for layer in graph.compressible]
     products = products_of(list(int8), known, np.arange(len(known))[None])
-    Lowering(graph, steps, dims, int8, held, 1, block, batch, emit, products).run()
+    Lowering(graph, steps, dims, int8, held, 1, block, batch, emit, products=products).run()
     return found
 
 

@@ -11,7 +11,7 @@ from autocompress import api
 from autocompress.config import RunConfig, load_config
 from autocompress.errors import InfeasibleError, UsageError
 from autocompress.hardware.profile import HardwareProfile
-from autocompress.search import engine
+from autocompress.search import engine, prepared
 from autocompress.search.legs import Leg, mark_done, read_leg
 from tests.fixtures.runs import build_run, make_front
 from tests.fixtures.search import make_profile
@@ -22,8 +22,8 @@ def _prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is loaded: what is prepared is never looked at."""
     profile: HardwareProfile = make_profile()
     identity = SimpleNamespace(write=lambda run: None)
-    prepared = SimpleNamespace(space=None, task=None, teacher=None, profile=profile, identity=identity)
-    monkeypatch.setattr(api, "_prepare", lambda config, progress: prepared)
+    stand_in = SimpleNamespace(space=None, task=None, teacher=None, profile=profile, identity=identity)
+    monkeypatch.setattr(prepared, "prepare", lambda config, progress: stand_in)
 
 
 class Engine:
@@ -82,7 +82,7 @@ def test_nothing_is_loaded_for_a_run_that_is_finished(
     tmp_path: Path, stand_in: type[Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api.search(config(tmp_path / "run"))
-    monkeypatch.setattr(api, "_prepare", None)
+    monkeypatch.setattr(prepared, "prepare", None)
     assert len(api.search(config(tmp_path / "run", resume=True))) == 12
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autocompress import api, verification
+from autocompress import verification
 from autocompress.errors import UsageError
 from autocompress.front import load_front
 from autocompress.plan import INT8_WEIGHT, LayerPlan, Target
@@ -19,6 +19,7 @@ from autocompress.progress import SilentProgress
 from autocompress.runtime.timing import LatencyStats
 from autocompress.search.deliver import ORIGINAL, UNIFORM_INT8, Delivery
 from autocompress.search.publishing import publish
+from autocompress.search.records import write_manifest
 from autocompress.tasks.base import Task
 from autocompress.tasks.splits import SPLITS, TensorSource, TensorSplit
 from autocompress.verification import LATENCY_TOLERANCE, Check, verify_path
@@ -72,7 +73,7 @@ def delivered(tmp_path_factory: pytest.TempPathFactory, task: Task) -> Path:
     delivery.measure([UNIFORM_INT8, "p1"], 0.05)
     delivery.score_front()
     publish(delivery, "complete", 1, 1.0, {})
-    api._write_manifest(run)
+    write_manifest(run)
     return run
 
 
