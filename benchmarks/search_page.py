@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -38,6 +39,13 @@ def at(curve: pd.DataFrame, seconds: float) -> float:
     """The hypervolume of the front that stood on disk at a time."""
     before = curve[curve["seconds"] <= seconds]
     return float(before["hypervolume"].iloc[-1]) if len(before) else 0.0
+
+
+def mean(curve: pd.DataFrame, seconds: float) -> float:
+    """The mean over a time of the hypervolume on disk: what a run is worth that may be stopped any second."""
+    marks = pairwise([*curve["seconds"].clip(upper=seconds), seconds])
+    stood = [end - begin for begin, end in marks]
+    return float((stood * curve["hypervolume"]).sum()) / seconds
 
 
 def reached(curve: pd.DataFrame, volume: float) -> float:
@@ -155,7 +163,16 @@ def _ablations(part: pd.DataFrame) -> list[str]:
         marks = {f"{m:.0f} s": f"{at(curve, m):.3f}" for m in MARKS_S if m <= budget}
         name = "nothing" if method == "without-nothing" else method.removeprefix("without-")
         last = curve.iloc[-1]
-        rows.append({"left out": name, "seed": seed, **marks, "points": int(last["points"]), "commit": _commit(last)})
+        rows.append(
+            {
+                "left out": name,
+                "seed": seed,
+                **marks,
+                "mean over the time": f"{mean(curve, budget):.3f}",
+                "points": int(last["points"]),
+                "commit": _commit(last),
+            }
+        )
     title = f"## One part left out, {part['budget'].iloc[0] / 60:.0f} minutes each"
     return [title, "", markdown(pd.DataFrame(rows)), ""]
 

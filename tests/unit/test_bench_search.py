@@ -34,6 +34,11 @@ def test_a_volume_is_reached_when_no_later_front_falls_below_it() -> None:
     assert math.isinf(search_page.reached(rows, 0.8))
 
 
+def test_the_mean_counts_each_front_for_as_long_as_it_stood() -> None:
+    rows = curve("without-seeds", {20.0: 0.2, 50.0: 0.6, 110.0: 0.9})
+    assert search_page.mean(rows, 100.0) == pytest.approx(0.3 * 0.2 + 0.5 * 0.6)
+
+
 def test_the_best_rival_is_the_best_mean_over_its_seeds_and_its_best_length() -> None:
     known = pd.concat(
         [
