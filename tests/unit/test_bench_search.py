@@ -39,6 +39,18 @@ def test_the_mean_counts_each_front_for_as_long_as_it_stood() -> None:
     assert search_page.mean(rows, 100.0) == pytest.approx(0.3 * 0.2 + 0.5 * 0.6)
 
 
+def test_what_a_part_adds_is_told_over_the_seeds_that_both_have() -> None:
+    known = pd.concat(
+        [
+            curve("without-nothing", {50.0: 0.5, 290.0: 0.9}, 0), curve("without-nothing", {50.0: 0.7, 290.0: 0.9}, 1),
+            curve("without-seeds", {50.0: 0.4, 290.0: 0.95}, 0), curve("without-ladder", {50.0: 0.1}, 2),
+        ]
+    ).assign(budget=300.0)  # fmt: skip
+    assert search_page._bought(known) == [
+        "- The seeds added +0.100 at 60 s, +0.100 at 150 s, +0.100 at 180 s, -0.050 at 300 s (seeds: 1)."
+    ]
+
+
 def test_the_best_rival_is_the_best_mean_over_its_seeds_and_its_best_length() -> None:
     known = pd.concat(
         [
