@@ -257,7 +257,6 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> list[Check]
         progress: told how far it is.
     """
     from autocompress.exporting.verify import verify_export, verify_file
-    from autocompress.search.prepared import task_of
     from autocompress.verification import is_of_run, verify_path
 
     given, progress = Path(path), progress or SilentProgress()
@@ -271,6 +270,8 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> list[Check]
             f"{str(given)!r} is neither a run directory (it has no front.json) nor an export (no metrics.json of one); "
             "give one of them, or an ONNX file"
         )
+    from autocompress.search.prepared import task_of
+
     return verify_path(given, lambda config: task_of(config, progress), progress)
 
 
